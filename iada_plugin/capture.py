@@ -1,0 +1,243 @@
+"""Seeing a model's forward passes, and repeating them, without leaving a trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map_only
+
+from .head import IADAHead
+
+#: Keyword arguments of a model that the loss uses, not the features.
+LABEL_KEYS = ("labels", "label", "label_ids", "num_items_in_batch")
+
+
+@dataclass
+class Forward:
+    """One forward pass: its inputs and what the classifier saw."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: list[Tensor] = field(default_factory=list)  # random state before the pass
+    features: Tensor | None = None  # [N, H], with its graph
+    logits: Tensor | None = None  # [N, C] output of the classifier
+    autocast_dtype: torch.dtype | None = None  # None: no autocast
+    exact: bool = False  # plain float32 arithmetic, eager: the features may serve as the base of a difference
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the loss: float32 at least."""
+        return torch.promote_types(self.logits.dtype, torch.float32)  # type: ignore[union-attr]
+
+
+class _Hook:
+    """A hook that copies of the module (an EMA, a pickle) do not inherit."""
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self.function = function
+
+    # A graph break: what the hooks record must be the tensors of the real pass.
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self.function is None else self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return _Hook(None)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return _Hook, (None,)
+
+
+class Capture:
+    """Hooks on a model and its classifier that record training passes (training mode, gradients on).
+
+    Args:
+        model: the unwrapped model.
+        head: its classifier.
+        compiled: the model runs compiled, so that its features are not bit-equal to an eager pass.
+    """
+
+    def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False) -> None:
+        self.model, self.head = model, head
+        self.compiled = compiled
+        self.device = head.weight.device
+        self._current: Forward | None = None
+        self._probe: Forward | None = None
+        self._verified = False
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True),
+            head.register_forward_hook(_Hook(self._after_head), with_kwargs=True),
+        ]
+
+    @property
+    def busy(self) -> bool:
+        """A pass of the meta step is running: other hooks on the model should stand back."""
+        return self._probe is not None
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.busy and module.training and torch.is_grad_enabled():
+            self._current = Forward(args, kwargs, rng=rng_state(self.device))
+
+    def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        record = self._probe or self._current
+        if record is None:
+            return
+        record.features = args[0] if args else kwargs["input"]
+        record.logits = output
+        kind = output.device.type
+        record.autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        tf32 = kind == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+        record.exact = record.autocast_dtype is None and not tf32 and not self.compiled
+
+    def take(self, output: Tensor) -> Forward:
+        """The pass that gave the logits ``output``; it can be taken once.
+
+        Raises:
+            RuntimeError: there is none, or the classifier's output is not the model's.
+            ValueError: the features are not ``[N, H]``.
+        """
+        forward, self._current = self._current, None
+        if forward is None or forward.features is None or forward.logits is None:
+            raise RuntimeError(
+                "no training pass was seen: call model(input) in training mode once before each call of the criterion,"
+                " with the model (or its DDP or compiled wrapper) that MetaIADA was made for."
+            )
+        if forward.features.dim() != 2:
+            raise ValueError(
+                f"{type(self.model).__name__}: the classifier sees features of shape {list(forward.features.shape)}; IADA"
+                " needs one vector per sample, [N, H]. A token-wise head must pool before its last layer."
+            )
+        self._verify(forward.logits, output)
+        return forward
+
+    def _verify(self, logits: Tensor, output: Tensor) -> None:
+        if output is logits or output.data_ptr() == logits.data_ptr():
+            return
+        same = output.shape == logits.shape
+        if same and (not self._verified or output.device.type == "cpu"):
+            a, b = output.detach().float(), logits.detach().float()
+            same = torch.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True)
+            self._verified = True
+        if not same:
+            raise RuntimeError(
+                f"{type(self.model).__name__}: the logits {list(output.shape)} are not what the classifier last returned"
+                f" {list(logits.shape)}. Name the layer that gives the logits with classifier='...', and pass the"
+                " model's output on unchanged."
+            )
+
+    def features_of(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        rng: list[Tensor] | None = None,
+        replaced: dict[str, Tensor] | None = None,
+        cast: torch.dtype | None = None,
+    ) -> Tensor:
+        """Run the model again and return the features ``[N, H]`` of its classifier.
+
+        Args:
+            args, kwargs: the model's inputs; labels are left out.
+            rng: random state to run from, so that dropout masks are those of an earlier pass. Implies a pass in full
+                precision, past the autocast that Accelerate wraps around ``forward``.
+            replaced: parameters to use in the place of the model's.
+            cast: half-precision inputs are cast to this.
+        """
+        self._probe = Forward(args, kwargs)
+        kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
+        if cast is not None:
+            half = (torch.float16, torch.bfloat16)
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
+        try:
+            with nullcontext() if rng is None else self._original_forward():
+                if rng is not None:
+                    set_rng_state(self.device, rng)
+                if replaced is None:
+                    self.model(*args, **kwargs)
+                else:
+                    functional_call(self.model, replaced, args, kwargs)
+            if self._probe.features is None:
+                raise RuntimeError("the classifier did not run in a pass of the meta step.")
+            return self._probe.features
+        finally:
+            self._probe = None
+
+    @contextmanager
+    def _original_forward(self) -> Iterator[None]:
+        """Take Accelerate's autocast wrapper off ``forward`` for a block."""
+        wrapped = self.model.__dict__.get("forward")
+        original = self.model.__dict__.get("_original_forward")
+        if wrapped is None or original is None:
+            yield
+            return
+        self.model.__dict__["forward"] = original
+        try:
+            yield
+        finally:
+            self.model.__dict__["forward"] = wrapped
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._current = None
+
+
+def rng_state(device: torch.device) -> list[Tensor]:
+    """Random state of the CPU and of ``device``."""
+    states = [torch.get_rng_state()]
+    if device.type not in ("cpu", "meta"):
+        states.append(getattr(torch, device.type).get_rng_state(device))
+    return states
+
+
+def set_rng_state(device: torch.device, states: list[Tensor]) -> None:
+    """Restore :func:`rng_state`."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        getattr(torch, device.type).set_rng_state(states[1], device)
+
+
+@contextmanager
+def isolated(model: nn.Module, head: IADAHead, seed: int) -> Iterator[None]:
+    """Run extra passes from ``seed``; random state and buffers (BatchNorm's) are afterwards as they were."""
+    device = head.weight.device
+    own = {id(b) for b in head.buffers()}
+    buffers = [b.data for b in model.buffers() if id(b) not in own]
+    saved, states = [b.clone() for b in buffers], rng_state(device)
+    try:
+        torch.default_generator.manual_seed(seed)
+        if len(states) > 1:
+            module = getattr(torch, device.type)
+            with module.device(device):  # seeds this device only
+                module.manual_seed(seed)
+        yield
+    finally:
+        set_rng_state(device, states)
+        for buffer, value in zip(buffers, saved, strict=True):
+            buffer.copy_(value)
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Positional arguments, keyword arguments and labels of a batch ``(input, target)`` or ``{..., "labels": ...}``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS[:3]:
+            if key in batch:
+                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, batch[key]
+        raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}.")
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch
+        return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)
+    raise ValueError(
+        f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."
+    )

@@ -1,0 +1,108 @@
+"""Every setting of the method, with its meaning."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class IADAConfig:
+    """Settings of Meta-IADA. ``IADAConfig.__dataclass_fields__[name].metadata["help"]`` describes each one.
+
+    Raises:
+        ValueError: naming the first setting that is out of range, and its range.
+    """
+
+    alpha: float = _setting(
+        0.5, "Weight of the variance term; 0 switches it off. Sensible: 0.25 to 0.75 (tune over 0.1 to 1)."
+    )
+    beta: float = _setting(1.0, "Weight of the class-prior term; 0 switches it off. Sensible: 0.75 to 1.25.")
+    warmup_ratio: float = _setting(
+        0.8, "Share of the run that trains with plain cross-entropy first (0.8: training from scratch)."
+    )
+    warmup_epochs: float | None = _setting(
+        None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."
+    )
+    statistics_epochs: float = _setting(
+        1.0, "Class statistics are collected over this many epochs before the warm-up ends."
+    )
+    meta_every: int = _setting(1, "A meta step every so many optimizer steps.")
+    meta_batch_size: int | None = _setting(
+        None, "Meta samples per meta step, over all processes (Trainer only; default: as many as training samples)."
+    )
+    meta_lr: float = _setting(1e-3, "Adam learning rate of the perturbation network Omega (iNaturalist: 1e-4).")
+    covariance_lr: float = _setting(
+        1e-3, "Step of the class covariances in a meta step, see covariance_step; 0 freezes them."
+    )
+    covariance_step: str = _setting(
+        "relative",
+        "'relative': covariance_lr is the share of its own norm by which a covariance moves. 'plain': Eq. 9 with eta_2 ="
+        " covariance_lr (at usual sizes close to no step at all).",
+    )
+    covariance: str = _setting(
+        "auto", "Class covariances: 'full', 'diagonal', or 'auto' (full while all of them fit into 256 MB)."
+    )
+    hypergradient: str = _setting(
+        "finite_difference",
+        "How the meta gradient passes the backbone: 'finite_difference', 'forward' (forward-mode AD) or 'head' (last"
+        " layer only: cheapest, an approximation).",
+    )
+    schedule: str = _setting(
+        "lookahead",
+        "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, cheaper,"
+        " an approximation that is poor on an untrained network.",
+    )
+    virtual_lr: float | None = _setting(
+        None, "Learning rate eta_1 of the virtual SGD step (default: the optimizer's current one)."
+    )
+    epsilon_range: tuple[float, float] = _setting(
+        (-1.0, 1.0), "Range of the perturbation size epsilon; training starts in its middle. (-1, 0): only letting go."
+    )
+    perturbation_scale: str = _setting(
+        "unit", "Size of delta at epsilon = 1: 'unit' per feature (the paper), or 'feature_std' of the sample's class."
+    )
+    seed: int = _setting(0, "Seed of the perturbation network, of the meta sampler and of the meta passes.")
+
+    def __post_init__(self) -> None:
+        self.epsilon_range = (float(self.epsilon_range[0]), float(self.epsilon_range[1]))
+        low, high = self.epsilon_range
+        self._check("alpha", self.alpha >= 0, "at least 0")
+        self._check("beta", self.beta >= 0, "at least 0")
+        self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1): at 1 no meta step would be left")
+        self._check("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "None or at least 0")
+        self._check("statistics_epochs", self.statistics_epochs > 0, "positive")
+        self._check(
+            "meta_every", self.meta_every >= 1 and self.meta_every == int(self.meta_every), "a whole number >= 1"
+        )
+        self._check("meta_batch_size", self.meta_batch_size is None or self.meta_batch_size >= 1, "None or at least 1")
+        self._check("meta_lr", self.meta_lr >= 0, "at least 0")
+        limit = 1.0 if self.covariance_step == "relative" else math.inf
+        self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
+        self._check("virtual_lr", self.virtual_lr is None or self.virtual_lr > 0, "None or positive")
+        self._check("epsilon_range", -math.inf < low < high < math.inf, "(low, high) with low < high")
+        for name, choices in _CHOICES.items():
+            self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
+
+    def _check(self, name: str, right: bool, wanted: str) -> None:
+        value = getattr(self, name)
+        if not right or (isinstance(value, float) and not math.isfinite(value)):
+            raise ValueError(f"IADAConfig: {name}={value!r} must be {wanted}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Settings as JSON types."""
+        return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
+
+
+_CHOICES = {
+    "covariance_step": ("relative", "plain"),
+    "covariance": ("auto", "full", "diagonal"),
+    "hypergradient": ("finite_difference", "forward", "head"),
+    "schedule": ("lookahead", "online"),
+    "perturbation_scale": ("unit", "feature_std"),
+}

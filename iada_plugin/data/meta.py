@@ -1,0 +1,126 @@
+"""Splitting a clean, balanced meta set off a data set."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def balanced_meta_split(
+    labels: Sequence[int] | Any,
+    per_group: int = 10,
+    *,
+    groups: Any = None,
+    seed: int = 0,
+    short: str = "error",
+) -> tuple[list[int], list[int]]:
+    """Draw the same number of rows from every class, or group, and leave the rest.
+
+    Args:
+        labels: ``[N]`` class indices (list, array, tensor or column).
+        per_group: rows to draw from each class, or from each group where ``groups`` is given.
+        groups: ``[N]`` group indices, or ``[N, G]`` memberships (0 or 1) of groups that may overlap; a row drawn for one
+            group counts for every group it belongs to.
+        seed: of the draw.
+        short: what to do with a group of fewer than ``per_group + 1`` rows: "error", or "half" to take half of its rows
+            (at least one), with a warning.
+
+    Returns:
+        Sorted row indices of the meta set and of the rest; disjoint, together all rows.
+
+    Raises:
+        ValueError: wrong shapes, or too few rows.
+
+    Example:
+        >>> meta, rest = balanced_meta_split([0, 0, 0, 0, 1, 1], per_group=1)
+        >>> len(meta), len(rest)
+        (2, 4)
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or labels.size == 0:
+        raise ValueError(f"labels must be a non-empty list of class indices, got shape {list(labels.shape)}.")
+    if per_group < 1 or short not in ("error", "half"):
+        raise ValueError(f"per_group={per_group} must be at least 1 and short={short!r} 'error' or 'half'.")
+    member = np.asarray(labels if groups is None else groups)
+    if member.shape[0] != labels.shape[0] or member.ndim > 2:
+        raise ValueError(f"groups must be [N] or [N, G] with N = {len(labels)}, got shape {list(member.shape)}.")
+    if member.ndim == 1:
+        names = np.unique(member)
+        member = member[:, None] == names[None, :]
+    else:
+        names = np.arange(member.shape[1])
+        member = member.astype(bool)
+    rng = np.random.default_rng(seed)
+    taken = np.zeros(len(labels), dtype=bool)
+    kind = "class" if groups is None else "group"
+    # Rare groups first: what they need cannot be used up by others, and what they draw counts for the others.
+    for column in np.argsort(member.sum(axis=0), kind="stable"):
+        rows = np.flatnonzero(member[:, column])
+        wanted = per_group
+        if len(rows) <= per_group:
+            message = f"{kind} {names[column]} has {len(rows)} rows: too few to draw {per_group} and leave one."
+            if short == "error" or len(rows) < 2:
+                raise ValueError(message + " Draw fewer (per_group), merge it, or allow less with short='half'.")
+            wanted = len(rows) // 2
+            warnings.warn(f"{message} {wanted} drawn.")
+        free = rows[~taken[rows]]
+        missing = min(wanted - int(taken[rows].sum()), len(free))
+        if missing > 0:
+            taken[rng.choice(free, missing, replace=False)] = True
+    return np.flatnonzero(taken).tolist(), np.flatnonzero(~taken).tolist()
+
+
+def labels_of(data: Any) -> torch.Tensor | None:
+    """The labels ``[N]`` of a data set or loader if they can be read without loading samples, else ``None``.
+
+    Understands Hugging Face datasets (a column "labels" or "label"), ``.targets`` or ``.labels``, `TensorDataset`,
+    `Subset`, and loaders over them.
+    """
+    data = getattr(data, "dataset", data) if isinstance(data, torch.utils.data.DataLoader) else data
+    if isinstance(data, torch.utils.data.Subset):
+        inner = labels_of(data.dataset)
+        return None if inner is None else inner[torch.as_tensor(list(data.indices), dtype=torch.long)]
+    found = None
+    columns = getattr(data, "column_names", None)
+    if columns is not None:
+        name = next((c for c in ("labels", "label", "label_ids") if c in columns), None)
+        if name is not None and hasattr(data, "__len__"):
+            found = data.with_format(None)[name][:]
+    elif isinstance(data, torch.utils.data.TensorDataset):
+        found = data.tensors[-1]
+    else:
+        found = next((getattr(data, name) for name in ("targets", "labels") if hasattr(data, name)), None)
+    if found is None:
+        return None
+    try:
+        labels = torch.as_tensor(np.asarray(found))
+    except (TypeError, ValueError):
+        return None
+    return labels if labels.dim() == 1 and not labels.is_floating_point() else None
+
+
+def require_all_classes(labels: torch.Tensor, num_classes: int, trained: torch.Tensor | None = None) -> None:
+    """Check that a meta set holds every class that is trained.
+
+    Args:
+        labels: ``[M]`` labels of the meta set.
+        num_classes: C.
+        trained: ``[C]`` bool, the classes that occur in training; ``None`` for all.
+
+    Raises:
+        ValueError: naming the classes that are missing, or a label out of range.
+    """
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= num_classes):
+        wrong = labels[(labels < 0) | (labels >= num_classes)][0]
+        raise ValueError(f"the meta set has the label {int(wrong)}; the classifier has {num_classes} classes.")
+    present = torch.bincount(labels.long(), minlength=num_classes) > 0
+    missing = (~present if trained is None else trained.cpu() & ~present).nonzero().flatten().tolist()
+    if missing:
+        raise ValueError(
+            f"the meta set has no sample of classes {missing[:10]}: IADA would learn to give them up. Add some of each, for"
+            " example with iada_plugin.data.balanced_meta_split."
+        )

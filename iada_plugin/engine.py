@@ -1,0 +1,215 @@
+"""`MetaIADA`: the Meta-IADA step, once, for every front end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import state
+from .batches import MetaBatches
+from .capture import Capture
+from .characteristics import DEFAULT_CHARACTERISTICS, Characteristic
+from .checks import (
+    check_labels,
+    check_parameters,
+    is_soft,
+    plan_warmup,
+    refuse_reentrant_checkpointing,
+    unwrap_model,
+    unwrap_optimizer,
+)
+from .config import IADAConfig
+from .data.meta import labels_of, require_all_classes
+from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
+from .meta_step import MetaStep
+from .statistics import Statistics
+
+logger = logging.getLogger(__name__)
+
+
+class MetaIADA:
+    """Meta-IADA as a training criterion (Zhou et al., IJCAI 2024; Algorithm 1).
+
+    Called as ``loss = iada(model(input), target)``. In warm-up it is the cross-entropy. Afterwards the call performs the
+    meta step (Eqs. 7 to 9: virtual step, perturbation network, class covariances) and returns the IADA loss, whose
+    backward pass and optimizer step are the caller's (Eq. 10). The meta step is taken once per optimizer step, on the
+    first micro-batch where gradients are accumulated. Optimizer steps are counted by a hook on the optimizer.
+
+    With ``model.eval()`` or under ``torch.no_grad()`` the call is the plain cross-entropy and changes nothing: a
+    validation loss.
+
+    Args:
+        model: the model, before or after DDP or ``torch.compile``; its classifier is converted in place to an
+            `IADAHead` (an existing one is used as it is).
+        optimizer: the optimizer that trains it; one in Accelerate's wrapper is fine.
+        meta_loader: yields clean, balanced batches ``(input, target)`` or dicts with "labels"; cycled endlessly.
+        class_counts: ``[C]`` training samples per class for the prior. ``None``: counted during warm-up.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: length of the run. Without it ``warmup_ratio`` has no meaning and, unless ``warmup_epochs`` is set, the
+            warm-up is one epoch, with a warning.
+        config: settings.
+        classifier: name of the classifier, or the layer, where it is not found by itself.
+        characteristics: functions ``BatchState -> [N]``, the input of the perturbation network.
+
+    Raises:
+        ValueError, TypeError: whatever is found wrong before training starts.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> meta = [(torch.randn(4, 4), torch.tensor([0, 1, 0, 1]))]
+        >>> config = IADAConfig(warmup_epochs=1)
+        >>> iada = MetaIADA(model, optimizer, meta_loader=meta, steps_per_epoch=1, epochs=2, config=config)
+        >>> for _ in range(2):
+        ...     loss = iada(model(torch.randn(3, 4)), torch.tensor([0, 0, 1]))
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+        >>> iada.step, sorted(iada.pop_metrics())[0]
+        (2, 'iada/adversarial_ratio')
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        meta_loader: Iterable[Any],
+        steps_per_epoch: int,
+        class_counts: Sequence[float] | Tensor | None = None,
+        epochs: float | None = None,
+        config: IADAConfig | None = None,
+        classifier: str | nn.Module | None = None,
+        characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
+    ) -> None:
+        self.config = config = config or IADAConfig()
+        self.model, compiled = unwrap_model(model)
+        self.optimizer = unwrap_optimizer(optimizer)
+        self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
+        self.step = 0
+        self.classifier_name, linear = find_classifier(self.model, classifier)
+        parameters = check_parameters(self.model, linear, config)
+        refuse_reentrant_checkpointing(self.model, config)
+        self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
+        labels = labels_of(meta_loader)
+        if labels is not None:
+            trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
+            require_all_classes(labels, linear.out_features, trained)
+        self._converted = not isinstance(linear, IADAHead)
+        self.head = convert_to_iada(linear, covariance=config.covariance) if self._converted else linear
+        try:
+            if class_counts is not None:
+                self.head.set_class_counts(class_counts)
+            self.statistics = Statistics(self.head, config, characteristics)
+            if self.warmup_steps == 0:
+                self.statistics.begin_augmentation()
+        except Exception:
+            self._restore_head()
+            raise
+        # The difference passes run eagerly: features of compiled code, equal to rounding only, cannot be their base.
+        self.capture = Capture(self.model, self.head, compiled)
+        self.meta = MetaStep(
+            self.capture, self.optimizer, parameters, self.meta_batches, len(self.statistics.characteristics), config
+        )
+        self._step_hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+        size = self.head.covariance.numel() * self.head.covariance.element_size() / 2**20
+        logger.info(
+            "Meta-IADA on %s of %s: cross-entropy for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
+            *(self.classifier_name, type(self.model).__name__, self.warmup_steps, config.meta_every),
+            *(list(self.head.covariance.shape), size),
+        )
+
+    # ------------------------------------------------------------------------------------------------ the criterion
+
+    @property
+    def in_warmup(self) -> bool:
+        """Whether the next optimizer step still trains with plain cross-entropy."""
+        return self.step < self.warmup_steps
+
+    def __call__(self, output: Tensor, target: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+        """Training loss of the batch whose logits are ``output``.
+
+        Args:
+            output: ``[N, C]`` logits that ``model`` has just returned.
+            target: ``[N]`` class indices.
+            denominator: divide the summed loss by this (number of samples in all micro-batches of the optimizer step)
+                instead of taking the mean.
+
+        Returns:
+            Scalar.
+
+        Raises:
+            ValueError: labels that are no class indices, or soft targets after the warm-up.
+            RuntimeError: ``output`` does not come from this model's classifier.
+        """
+        if not (torch.is_grad_enabled() and self.model.training):
+            return F.cross_entropy(output, target)
+        forward = self.capture.take(output)
+        if is_soft(target, output):
+            return self._soft_target_loss(output, target)
+        check_labels(target, output.shape[0], output.shape[1], always=self.step == 0)
+        if self.in_warmup:
+            self.statistics.observe(forward, target, characteristics=self.step >= self.statistics_start)
+            return _mean_loss(output.to(forward.dtype), target, denominator)
+        first = self.statistics.begin_augmentation()
+        f = self.statistics.observe(forward, target, characteristics=True)
+        if first and (self.step - self.warmup_steps) % self.config.meta_every == 0:
+            self.meta(forward, target, f, self.step)
+        epsilon = self.meta.epsilon(f)
+        self.meta.log.add(epsilon, target)
+        return _mean_loss(self.meta.logits(forward.features, target, epsilon), target, denominator)
+
+    def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.in_warmup:
+            return F.cross_entropy(output, target)
+        raise ValueError(
+            f"soft targets {list(target.shape)} after the warm-up: IADA needs class indices. Switch mixup and cutmix off"
+            f" by then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0); the warm-up ends at step {self.warmup_steps}."
+        )
+
+    def _after_optimizer_step(self, *_: Any) -> None:
+        self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation)
+        self.step += 1
+
+    def pop_metrics(self) -> dict[str, float]:
+        """Averages since the last call: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio`` (share
+        with epsilon > 0), ``iada/meta_loss``, the first and third per class where there are at most ten, and
+        ``iada/skipped_steps`` once there are any. Empty in warm-up."""
+        metrics = self.meta.log.pop()
+        if self.meta.skipped:
+            metrics["iada/skipped_steps"] = float(self.meta.skipped)
+        return metrics
+
+    # ---------------------------------------------------------------------------------------------- state and removal
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything a resumed run needs, as tensors: Omega, its Adam state, class statistics, averages, counters."""
+        return state.collect(self)
+
+    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        """Restore :meth:`state_dict`. Nothing is changed unless everything fits.
+
+        Raises:
+            ValueError: missing or unknown entries, or other shapes (another model, class count or setting).
+        """
+        state.restore(self, state_dict)
+
+    def close(self) -> None:
+        """Remove the hooks and turn the classifier back into what it was. May be called twice."""
+        self.capture.remove()
+        self._step_hook.remove()
+        self._restore_head()
+
+    def _restore_head(self) -> None:
+        if self._converted:
+            restore_linear(self.head)
+            self._converted = False
+
+
+def _mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
+    if denominator is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / denominator

@@ -1,0 +1,297 @@
+"""The classifier's last layer: `IADAHead`, and finding, converting and restoring it in a model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional
+from .covariance import covariance_shape, update_class_statistics, variances
+
+_BUFFERS = ("class_count", "class_mean", "covariance", "log_prior")
+
+
+class IADAHead(nn.Linear):
+    """A ``Linear`` that knows its classes' feature statistics and can give the IADA logits.
+
+    ``forward`` is that of ``nn.Linear``, bit for bit, in training and in evaluation; the loss asks for
+    :meth:`iada_logits`. The statistics are non-persistent buffers: ``state_dict`` holds ``weight`` and ``bias`` only.
+
+    Args:
+        in_features: H.
+        out_features: number of classes C, at least 2.
+        bias: as ``nn.Linear``.
+        class_counts: ``[C]`` training samples per class, for the prior; see :meth:`set_class_counts`.
+        covariance: "full", "diagonal" or "auto" (full while all classes fit into 256 MB).
+
+    Attributes:
+        class_count: ``[C]`` samples in the statistics.
+        class_mean: ``[C, H]``.
+        covariance: ``[C, H, H]`` or ``[C, H]``; zero for a class never seen.
+        log_prior: ``[C]``, zero until counts are given.
+
+    Example:
+        >>> head = IADAHead.from_linear(nn.Linear(8, 3), class_counts=[90, 9, 1])
+        >>> features, labels = torch.randn(4, 8), torch.tensor([0, 1, 2, 0])
+        >>> head.update_statistics(features, labels)
+        >>> head.iada_logits(features, labels).shape
+        torch.Size([4, 3])
+    """
+
+    class_count: Tensor
+    class_mean: Tensor
+    covariance: Tensor
+    log_prior: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        class_counts: Sequence[float] | Tensor | None = None,
+        covariance: str = "auto",
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._init_statistics(covariance, class_counts)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, *, class_counts: Sequence[float] | Tensor | None = None, covariance: str = "auto"
+    ) -> IADAHead:
+        """A head that holds the very same ``weight`` and ``bias`` Parameters as ``linear``.
+
+        Raises:
+            TypeError: where ``linear`` is no ``nn.Linear`` (quantised and LoRA layers among them).
+        """
+        _require_linear(linear, "linear")
+        head = cls.__new__(cls)
+        nn.Module.__init__(head)
+        head.in_features, head.out_features = linear.in_features, linear.out_features
+        head.weight, head.bias = linear.weight, linear.bias
+        head.train(linear.training)
+        head._init_statistics(covariance, class_counts)
+        return head
+
+    def _init_statistics(self, covariance: str, class_counts: Sequence[float] | Tensor | None = None) -> None:
+        if self.out_features < 2:
+            raise ValueError(
+                f"the classifier has {self.out_features} output: IADA needs a softmax over at least 2 classes. "
+                "Use two outputs for a binary task."
+            )
+        # Statistics need float32 at least, whatever the weights are kept in.
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        options = {"dtype": dtype, "device": self.weight.device}
+        num_classes, num_features = self.out_features, self.in_features
+        shapes = ((num_classes,), (num_classes, num_features))
+        shapes += (covariance_shape(covariance, num_classes, num_features), (num_classes,))
+        for name, shape in zip(_BUFFERS, shapes, strict=True):
+            self.register_buffer(name, torch.zeros(shape, **options), persistent=False)
+        if class_counts is not None:
+            self.set_class_counts(class_counts)
+
+    @torch.no_grad()
+    def set_class_counts(self, class_counts: Sequence[float] | Tensor) -> None:
+        """Set the class prior. A class with no sample counts as one, with a warning: ``log 0`` has no gradient.
+
+        Args:
+            class_counts: ``[C]`` samples per class, or proportions.
+
+        Raises:
+            ValueError: for another length, a negative or non-finite value, or all zeros.
+        """
+        counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
+        if counts.shape != (self.out_features,):
+            raise ValueError(
+                f"class_counts has shape {list(counts.shape)}; the classifier has {self.out_features} classes and needs"
+                f" [{self.out_features}], one count per class in label order."
+            )
+        if not bool(torch.isfinite(counts).all()) or bool((counts < 0).any()) or not bool(counts.any()):
+            raise ValueError(f"class_counts must be finite, not negative and not all zero, got {counts.tolist()}.")
+        empty = (counts == 0).nonzero().flatten().tolist()
+        if empty:
+            warnings.warn(f"class_counts is 0 for classes {_some(empty)}: the prior counts them as one sample.")
+            counts[empty] = min(1.0, float(counts[counts > 0].min()))
+        self.log_prior.copy_((counts / counts.sum()).log())
+
+    def update_statistics(self, features: Tensor, labels: Tensor, *, means_only: bool = False) -> None:
+        """Merge features ``[N, H]`` with labels ``[N]`` into the class means and covariances.
+
+        Args:
+            features: ``[N, H]``.
+            labels: ``[N]``.
+            means_only: leave covariances and counts alone, let the means follow as moving averages.
+        """
+        covariance = None if means_only else self.covariance
+        update_class_statistics(self.class_count, self.class_mean, covariance, features.detach(), labels)
+
+    def feature_std(self) -> Tensor:
+        """Root mean variance of each class's features: ``[C]``."""
+        return variances(self.covariance).mean(dim=1).clamp_min(0).sqrt()
+
+    def iada_logits(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        epsilon: Tensor | None = None,
+        alpha: float = 0.5,
+        beta: float = 1.0,
+    ) -> Tensor:
+        """The IADA logits of a batch, see :func:`iada_plugin.functional.iada_logits`.
+
+        Args:
+            features: ``[N, H]`` input of this layer.
+            labels: ``[N]``.
+            epsilon: ``[N]`` or ``None`` for no perturbation term.
+            alpha: weight of the variance term, 0 leaves it out.
+            beta: weight of the prior term, 0 leaves it out.
+
+        Returns:
+            ``[N, C]`` in the precision of the statistics.
+        """
+        dtype = self.covariance.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return functional.iada_logits(
+            features.to(dtype),
+            self.weight.to(dtype),
+            bias,
+            labels,
+            epsilon,
+            self.covariance,
+            self.log_prior,
+            alpha,
+            beta,
+        )
+
+
+def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto") -> IADAHead:
+    """Turn a ``Linear`` into an `IADAHead` in place: same object, same Parameters, same hooks.
+
+    Whatever refers to the module (the model, an optimizer, DDP, a sharding wrapper) does not notice.
+    :func:`restore_linear` is the exact inverse.
+
+    Raises:
+        TypeError: where it is no plain ``nn.Linear``.
+    """
+    _require_linear(linear, "the classifier")
+    original = type(linear)
+    linear.__class__ = IADAHead
+    try:
+        linear._init_statistics(covariance)  # type: ignore[attr-defined, operator]
+    except Exception:
+        linear.__class__ = original
+        raise
+    linear.__dict__["_linear_class"] = original
+    return linear  # type: ignore[return-value]
+
+
+def restore_linear(head: IADAHead) -> nn.Linear:
+    """Undo :func:`convert_to_iada`. A head that was never converted (built by hand) is left as it is."""
+    original = head.__dict__.pop("_linear_class", None)
+    if original is not None:
+        for name in _BUFFERS:
+            delattr(head, name)
+        head.__class__ = original
+    return head
+
+
+def find_classifier(model: nn.Module, name: str | nn.Module | None = None) -> tuple[str, nn.Linear]:
+    """Find the linear layer that gives a model's logits.
+
+    Looked up in this order: ``name``; timm's ``pretrained_cfg["classifier"]``; the ``Linear`` layers with as many
+    outputs as ``config.num_labels``, those under a usual name ("classifier", "score", "head", "fc") first, the last one
+    where several remain. The first training step checks that the layer found gives the logits.
+
+    Args:
+        model: a transformers, timm or any other model.
+        name: the layer's name in ``model.named_modules()``, or the layer itself, where the search needs help.
+
+    Returns:
+        Name and layer.
+
+    Raises:
+        TypeError: the layer is no plain ``nn.Linear``.
+        ValueError: no layer, or several that all count.
+    """
+    title = type(model).__name__
+    modules = dict(_live_modules(model))
+    if isinstance(name, nn.Module):
+        found = next((key for key, module in modules.items() if module is name), None)
+        if found is None:
+            raise ValueError(f"the classifier given is not a module of {title}.")
+        name = found
+    elif name is None:
+        name = _timm_classifier(model, modules) or _linear_classifier(model, modules)
+    if name not in modules:
+        raise ValueError(f"{title} has no module {name!r}; its last ones are {', '.join(list(modules)[-5:])}.")
+    module = modules[name]
+    _require_linear(module, f"{title}: the classifier {name!r}")
+    return name, module  # type: ignore[return-value]
+
+
+def _live_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Named modules, without the inactive copies that peft keeps of the layers it trains or adapts."""
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if "original_module" not in parts and "base_layer" not in parts and "lora_A" not in parts:
+            yield name, module
+
+
+def _timm_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    cfg = getattr(model, "pretrained_cfg", None)
+    name = cfg.get("classifier") if isinstance(cfg, dict) else None
+    if isinstance(name, (tuple, list)):
+        title = cfg.get("architecture") or type(model).__name__  # type: ignore[union-attr]
+        raise ValueError(
+            f"{title} has several classifiers, {', '.join(name)}, whose logits are combined: IADA needs one linear"
+            " layer. Choose a variant of the model with a single head (for DeiT and LeViT the one that is not distilled)."
+        )
+    if name and isinstance(modules.get(name), nn.Identity):
+        raise ValueError(f"{type(model).__name__} has no classifier: create it with num_classes >= 2.")
+    if name and not isinstance(modules.get(name), nn.Linear):
+        # Some families name a wrapper; take its one Linear.
+        inside = [key for key, m in modules.items() if key.startswith(f"{name}.") and isinstance(m, nn.Linear)]
+        if len(inside) == 1:
+            return inside[0]
+    return name
+
+
+def _linear_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str:
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    linear = [key for key, module in modules.items() if isinstance(module, nn.Linear)]
+    if num_labels is not None:
+        linear = [key for key in linear if modules[key].out_features == num_labels]
+    usual = [key for key in linear if {"classifier", "score", "head", "fc"} & set(key.split("."))]
+    candidates = usual or linear
+    if not candidates:
+        wanted = "" if num_labels is None else f" with {num_labels} outputs (config.num_labels)"
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear{wanted}, so there is no classifier to augment. IADA needs logits"
+            " from one linear layer; name it with classifier='...' if the search missed it."
+        )
+    return candidates[-1]
+
+
+def _require_linear(module: nn.Module, what: str) -> None:
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return
+    kind = type(module).__name__
+    hint = "IADA needs the logits of one nn.Linear on [N, H] features"
+    if isinstance(module, nn.Conv2d):
+        hint += "; replace the 1x1 convolution after pooling by a Linear with the same weights, or pick another model"
+    elif hasattr(module, "base_layer"):
+        hint += "; take it out of LoRA's target_modules and put it into modules_to_save"
+    else:
+        hint += "; pass classifier='name.of.the.linear' if there is one"
+    raise TypeError(f"{what} is a {kind}. {hint}.")
+
+
+def _some(items: list[Any], limit: int = 10) -> str:
+    """The first few items of a list, for messages."""
+    return ", ".join(map(str, items[:limit])) + (f" and {len(items) - limit} more" if len(items) > limit else "")

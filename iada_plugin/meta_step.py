@@ -1,0 +1,225 @@
+"""One meta step: virtual step, perturbation network, class covariances (Eqs. 7 to 9 of the paper)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import hypergradient as hg
+from .capture import Capture, Forward, isolated
+from .checks import REENTRANT, check_labels
+from .config import IADAConfig
+from .covariance import plain_step, relative_step
+from .distributed import gather_rows, weighted_average_
+from .head import IADAHead
+from .perturbation import EpsilonLog, PerturbationNetwork
+
+
+class MetaStep:
+    """What is learned on the meta set, Omega and Sigma, and how.
+
+    Args:
+        capture: repeats the model's forward passes.
+        optimizer: of the model, for its learning rates.
+        parameters: names and values of what the virtual step moves.
+        batches: endless ``((args, kwargs), labels)``.
+        num_characteristics: K.
+        config: settings.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        batches: Iterator[Any],
+        num_characteristics: int,
+        config: IADAConfig,
+    ) -> None:
+        self.capture, self.optimizer, self.parameters = capture, optimizer, parameters
+        self.batches, self.config = batches, config
+        self.head: IADAHead = capture.head
+        self.perturbation = PerturbationNetwork(
+            num_characteristics, epsilon_range=config.epsilon_range, seed=config.seed
+        ).to(self.head.covariance.device, self.head.covariance.dtype)
+        self.meta_optimizer = torch.optim.Adam(self.perturbation.parameters(), lr=config.meta_lr)
+        self.log = EpsilonLog(self.head.out_features)
+        self.skipped = 0
+        self._checked = False
+
+    @torch.no_grad()
+    def epsilon(self, f: Tensor) -> Tensor:
+        """Perturbation sizes for characteristics ``[N, K]``: ``[N]``."""
+        return self.perturbation(f)
+
+    def logits(self, features: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
+        """IADA logits ``[N, C]`` with the configured terms."""
+        with torch.autocast(features.device.type, enabled=False):
+            if self.config.perturbation_scale == "feature_std":
+                epsilon = epsilon * self._delta_scale()[labels]
+            return self.head.iada_logits(features, labels, epsilon, self.config.alpha, self.config.beta)
+
+    def _delta_scale(self) -> Tensor:
+        """Size of delta at epsilon = 1 for each class, ``[C]``."""
+        if self.config.perturbation_scale == "unit":
+            return torch.ones_like(self.head.class_count)
+        return self.head.feature_std()
+
+    def __call__(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> None:
+        """Update Omega and Sigma. The model's parameters and buffers and the random state end as they were.
+
+        Args:
+            forward: the train batch's pass, whose graph is kept.
+            labels: ``[N]``.
+            f: ``[N, K]``.
+            step: optimizer step; seeds the meta pass's dropout, so that a resumed run repeats it.
+        """
+        parameters = list(self.parameters.values())
+        with isolated(self.capture.model, self.head, (self.config.seed * 1_000_003 + step) % 2**31):
+            rates, eta = self._virtual_rates(parameters)
+            if self.config.schedule == "lookahead":
+                gradient = self._train_gradient(forward, labels, f, parameters)
+                with hg.displaced(parameters, torch._foreach_mul(gradient, [-r for r in rates])):
+                    meta_loss, v = self._meta_gradient(parameters, forward)
+            else:
+                meta_loss, v = self._meta_gradient(parameters, forward)
+            # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
+            direction = torch._foreach_mul(v, [r / eta for r in rates])
+            features, features_dot = self._features_and_tangent(forward, direction)
+        self._update(features, features_dot, direction, labels, f, meta_loss, eta)
+
+    @property
+    def _head_only(self) -> bool:
+        return self.config.hypergradient == "head"
+
+    def _virtual_rates(self, parameters: list[nn.Parameter]) -> tuple[list[float], float]:
+        """eta_1 of each parameter, and the largest of them."""
+        if self.config.virtual_lr is not None:
+            return [self.config.virtual_lr] * len(parameters), self.config.virtual_lr
+        rate = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        rates = [rate.get(id(p), 0.0) for p in parameters]
+        if max(rates) > 0:
+            return rates, max(rates)
+        # A learning-rate warm-up that starts at zero: as good as no displacement, while the direction is plain v.
+        return [1e-12] * len(rates), 1e-12
+
+    def _train_gradient(
+        self, forward: Forward, labels: Tensor, f: Tensor, parameters: list[nn.Parameter]
+    ) -> list[Tensor]:
+        """Gradient of the mean IADA loss on the train batch (Eq. 7); the graph stays for the caller's backward pass."""
+        features = forward.features.detach() if self._head_only else forward.features
+        loss = F.cross_entropy(self.logits(features, labels, self.epsilon(f)), labels)
+        gradient = _gradient(loss, parameters, forward, retain_graph=True)
+        weighted_average_(gradient, labels.numel())
+        return gradient
+
+    def _meta_gradient(self, parameters: list[nn.Parameter], like: Forward) -> tuple[Tensor, list[Tensor]]:
+        """Meta loss (plain cross-entropy) and its gradient at the current parameters."""
+        (args, kwargs), labels = next(self.batches)
+        with hg.meta_precision(like.autocast_dtype, labels.device.type), torch.set_grad_enabled(not self._head_only):
+            features = self.capture.features_of(args, kwargs)
+        torch.clear_autocast_cache()
+        check_labels(labels, features.shape[0], self.head.out_features, always=not self._checked)
+        self._checked = True
+        with torch.autocast(labels.device.type, enabled=False):
+            loss = F.cross_entropy(self.head.iada_logits(features, labels, alpha=0, beta=0), labels)
+        v = _gradient(loss, parameters, like)
+        loss = loss.detach().clone()
+        weighted_average_([*v, loss], labels.numel())
+        return loss, v
+
+    def _features_and_tangent(self, forward: Forward, direction: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Features of the train batch and their tangent, ``[N, H]`` each, with the dropout masks of training."""
+        base = forward.features.detach()
+        if self._head_only:
+            return base, torch.zeros_like(base)
+        dtype = self.head.covariance.dtype
+
+        def features_here(replaced: dict[str, Tensor] | None = None) -> Tensor:
+            cast = None if self.config.hypergradient == "forward" else dtype
+            return self.capture.features_of(forward.args, forward.kwargs, rng=forward.rng, replaced=replaced, cast=cast)
+
+        with hg.full_precision(base.device.type):
+            if self.config.hypergradient == "forward":
+                return hg.forward_tangent(features_here, self.parameters, direction)
+            known = base if forward.exact and base.dtype == dtype else None
+            return hg.finite_difference_tangent(features_here, list(self.parameters.values()), direction, known)
+
+    @torch.no_grad()
+    def _update(
+        self,
+        features: Tensor,
+        features_dot: Tensor,
+        direction: list[Tensor],
+        labels: Tensor,
+        f: Tensor,
+        meta_loss: Tensor,
+        eta: float,
+    ) -> None:
+        """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step."""
+        head, config = self.head, self.config
+        dtype = head.covariance.dtype
+        tangent = {id(p): d.to(dtype) for p, d in zip(self.parameters.values(), direction, strict=True)}
+        weight = head.weight.to(dtype)
+        bias = None if head.bias is None else head.bias.to(dtype)
+        labels, f = gather_rows(labels), gather_rows(f)
+        scale = self._delta_scale()[labels]
+        with torch.enable_grad():
+            epsilon = self.perturbation(f)
+        for_epsilon, classes, for_covariance = hg.head_hypergradient(
+            gather_rows(features.to(dtype)),
+            weight,
+            bias,
+            gather_rows(features_dot.to(dtype)),
+            tangent.get(id(head.weight), torch.zeros_like(weight)),
+            tangent.get(id(head.bias)),
+            labels,
+            epsilon.detach() * scale,
+            head.covariance,
+            head.log_prior,
+            config.alpha,
+            config.beta,
+        )
+        finite = torch.isfinite(meta_loss) & torch.isfinite(for_epsilon).all() & torch.isfinite(for_covariance).all()
+        if not bool(finite):
+            self._skip()
+            return
+        # d meta / d(eps, Sigma) is -eta times what was computed.
+        self.meta_optimizer.zero_grad()
+        epsilon.backward(-for_epsilon * scale)
+        self.meta_optimizer.step()
+        if config.alpha != 0 and config.covariance_lr > 0:
+            own = head.covariance[classes]
+            if config.covariance_step == "relative":
+                head.covariance[classes] = relative_step(own, -for_covariance, config.covariance_lr)
+            else:
+                head.covariance[classes] = plain_step(own, -eta * for_covariance, config.covariance_lr)
+        self.log.add_meta_loss(meta_loss)
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        if self.skipped == 1:
+            warnings.warn(
+                "the meta loss or its gradient is not finite: this meta step is skipped, and counted as"
+                " iada/skipped_steps. If it happens again, look for NaN in the inputs, or lower virtual_lr."
+            )
+
+
+def _gradient(loss: Tensor, parameters: list[nn.Parameter], like: Forward, retain_graph: bool = False) -> list[Tensor]:
+    """Gradient of ``loss``; zero for a parameter it does not reach."""
+    # Through a float16 graph small gradients vanish unless they are scaled up.
+    scale = 8192.0 if like.autocast_dtype == torch.float16 else 1.0
+    loss = loss * scale if scale != 1 else loss
+    try:
+        found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant" in str(error) or ".grad()" in str(error):
+            raise ValueError(REENTRANT) from error
+        raise
+    gradient = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
+    return gradient if scale == 1 else list(torch._foreach_div(gradient, scale))

@@ -1,0 +1,114 @@
+"""The perturbation network: characteristics of a sample -> how far, and which way, to move it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class PerturbationNetwork(nn.Module):
+    """``epsilon = tanh(MLP(f))``, scaled to ``epsilon_range``; K - 100 - 1 with a ReLU (Sec. 3.3 of the paper).
+
+    Its input is standardised by running moments that are constants of a step and are updated once per optimizer step:
+    BatchNorm would tie a sample's epsilon to how its batch is cut. The last layer starts at zero, so epsilon starts in
+    the middle of its range for every sample (0 by default: training begins as ISDA with Logit Adjustment).
+
+    Args:
+        num_characteristics: K.
+        hidden: width of the hidden layer.
+        epsilon_range: (low, high).
+        seed: of the initial weights; the global random state is left alone.
+    """
+
+    mean: Tensor
+    var: Tensor
+    updates: Tensor
+
+    def __init__(
+        self,
+        num_characteristics: int = 15,
+        hidden: int = 100,
+        epsilon_range: tuple[float, float] = (-1.0, 1.0),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.hidden = nn.Linear(num_characteristics, hidden)
+            self.output = nn.Linear(hidden, 1)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+        self.epsilon_range = epsilon_range
+        self.register_buffer("mean", torch.zeros(num_characteristics))
+        self.register_buffer("var", torch.ones(num_characteristics))
+        self.register_buffer("updates", torch.zeros(()))
+
+    def forward(self, characteristics: Tensor) -> Tensor:
+        """``[N, K] -> [N]``."""
+        # A characteristic that hardly varies must not be blown up, nor an outlier drive the network out of its range.
+        f = (characteristics - self.mean) / (self.var + 1e-8).sqrt()
+        raw = self.output(torch.relu(self.hidden(f.clamp(-5, 5)))).squeeze(1)
+        low, high = self.epsilon_range
+        return 0.5 * (low + high) + 0.5 * (high - low) * torch.tanh(raw)
+
+    @torch.no_grad()
+    def update_moments(self, characteristics: Tensor, decay: float = 0.99) -> None:
+        """Move the running mean and variance by the samples of one optimizer step, ``[N, K]``."""
+        if characteristics.shape[0] == 0:
+            return
+        self.updates += 1
+        rate = torch.maximum(1 / self.updates, torch.full_like(self.updates, 1 - decay))
+        mean = characteristics.mean(dim=0)
+        difference = mean - self.mean
+        # Exact for a mixture of the old and the new moments.
+        spread = (characteristics - mean).square().mean(dim=0)
+        self.var.copy_((1 - rate) * self.var + rate * spread + rate * (1 - rate) * difference.square())
+        self.mean += rate * difference
+
+
+class EpsilonLog:
+    """Running sums of what is logged, kept on the device until somebody asks.
+
+    Args:
+        num_classes: C; per-class figures are kept for at most ten classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes if num_classes <= 10 else 0
+        self._sums: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, epsilon: Tensor, labels: Tensor) -> None:
+        """Count the epsilon ``[N]`` of a batch with labels ``[N]``."""
+        positive = (epsilon > 0).to(epsilon.dtype)
+        one = torch.ones_like(epsilon)
+        self._add("all", torch.stack([one.sum(), epsilon.sum(), epsilon.square().sum(), positive.sum()]))
+        if self.num_classes:
+            rows = torch.stack([one, epsilon, positive], dim=1)
+            self._add("classes", rows.new_zeros(self.num_classes, 3).index_add_(0, labels, rows))
+
+    def add_meta_loss(self, loss: Tensor) -> None:
+        """Count one meta loss."""
+        self._add("meta", torch.stack([torch.ones_like(loss), loss]))
+
+    def _add(self, key: str, value: Tensor) -> None:
+        self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+    def pop(self) -> dict[str, float]:
+        """Averages since the last call."""
+        sums, self._sums = self._sums, {}
+        metrics: dict[str, float] = {}
+        if "all" in sums:
+            n, total, squares, positive = sums["all"].tolist()
+            mean = total / n
+            metrics["iada/epsilon_mean"] = mean
+            metrics["iada/epsilon_std"] = max(squares / n - mean * mean, 0.0) ** 0.5
+            metrics["iada/adversarial_ratio"] = positive / n
+        if "meta" in sums:
+            count, total = sums["meta"].tolist()
+            metrics["iada/meta_loss"] = total / count
+        for c, (n, total, positive) in enumerate(sums["classes"].tolist() if "classes" in sums else []):
+            if n:
+                metrics[f"iada/epsilon_mean/{c}"] = total / n
+                metrics[f"iada/adversarial_ratio/{c}"] = positive / n
+        return metrics

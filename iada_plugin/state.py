@@ -1,0 +1,63 @@
+"""The engine's state as a flat dictionary of tensors, fit for safetensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .engine import MetaIADA
+
+
+def collect(engine: MetaIADA) -> dict[str, Tensor]:
+    """Everything a resumed run needs; copies."""
+    found = {f"perturbation.{k}": v for k, v in engine.meta.perturbation.state_dict().items()}
+    for index, entry in engine.meta.meta_optimizer.state_dict()["state"].items():
+        found |= {f"meta_optimizer.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+    found |= {f"means.{k}": v for k, v in engine.statistics.means.state_dict().items()}
+    found |= {f"head.{k}": v for k, v in engine.head.named_buffers()}
+    found["label_count"] = engine.statistics.label_count
+    counters = (engine.step, engine.meta.skipped, engine.meta_batches.drawn, int(engine.statistics.prior_known))
+    found["counters"] = torch.tensor(counters)
+    return {k: v.detach().clone().contiguous() for k, v in found.items()}
+
+
+def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
+    """Undo :func:`collect`; nothing is changed unless everything fits.
+
+    Raises:
+        ValueError: missing or unknown entries, or other shapes.
+    """
+    own = {k: v for k, v in collect(engine).items() if not k.startswith("meta_optimizer.")}
+    adam = _with_prefix(state, "meta_optimizer.")
+    given = {k: v for k, v in state.items() if not k.startswith("meta_optimizer.")}
+    problems = [f"{k} is missing" for k in own if k not in given]
+    problems += [f"{k} is unknown" for k in given if k not in own]
+    problems += [
+        f"{k} is {list(given[k].shape)}, not {list(v.shape)}"
+        for k, v in own.items()
+        if k in given and given[k].shape != v.shape
+    ]
+    if problems:
+        more = f" ({len(problems)} differences)" if len(problems) > 3 else ""
+        raise ValueError(f"this Meta-IADA state is of another model or setting: {'; '.join(problems[:3])}{more}.")
+    engine.meta.perturbation.load_state_dict(_with_prefix(given, "perturbation."))
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in adam.items():
+        index, name = key.split(".")
+        entries.setdefault(int(index), {})[name] = value
+    groups = engine.meta.meta_optimizer.state_dict()["param_groups"]
+    engine.meta.meta_optimizer.load_state_dict({"state": entries, "param_groups": groups})
+    engine.statistics.means.load_state_dict(_with_prefix(given, "means."))
+    for key, buffer in engine.head.named_buffers():
+        buffer.copy_(given[f"head.{key}"])
+    engine.statistics.label_count.copy_(given["label_count"])
+    engine.step, engine.meta.skipped, drawn, prior_known = given["counters"].tolist()
+    engine.statistics.prior_known = bool(prior_known)
+    engine.meta_batches.skip_to(drawn)
+
+
+def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}

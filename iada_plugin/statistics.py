@@ -1,0 +1,122 @@
+"""What is known of the training set: class counts, feature statistics, running losses; moved once per optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .capture import Forward
+from .characteristics import BatchState, Characteristic, RunningMeans, compute_characteristics
+from .config import IADAConfig
+from .covariance import variances
+from .distributed import gather_rows
+from .head import IADAHead
+from .perturbation import PerturbationNetwork
+
+
+class Statistics:
+    """Collects micro-batches and merges them once per optimizer step, over all processes, so that nothing depends on
+    how a batch is cut.
+
+    Args:
+        head: the classifier, which holds class means and covariances.
+        config: settings.
+        characteristics: functions ``BatchState -> [N]``.
+    """
+
+    def __init__(self, head: IADAHead, config: IADAConfig, characteristics: Sequence[Characteristic]) -> None:
+        self.head, self.config, self.characteristics = head, config, tuple(characteristics)
+        self.means = RunningMeans(head.out_features, device=head.weight.device, dtype=head.covariance.dtype)
+        self.label_count = torch.zeros_like(head.class_count)
+        self.prior_known = bool(head.log_prior.any())
+        self._pending: list[tuple[Tensor, ...]] = []
+        self._ready = False
+
+    def begin_augmentation(self) -> bool:
+        """Check, after the warm-up, that there is something to augment with.
+
+        Returns:
+            Whether this is the first micro-batch of an optimizer step.
+
+        Raises:
+            ValueError: no class prior, or no class statistics, although the settings use them.
+        """
+        if not self._ready:
+            if not self.prior_known and bool(self.label_count.any()):
+                self.head.set_class_counts(self.label_count)
+                self.prior_known = True
+            if not self.prior_known and self.config.beta != 0:
+                raise ValueError("no label was seen in a warm-up, so the class prior is unknown: pass class_counts, or"
+                                 " set beta=0.")  # fmt: skip
+            if self.config.alpha != 0 and not bool(self.head.class_count.any()):
+                raise ValueError(
+                    "there are no class statistics (no warm-up, or soft targets or non-finite features all through it):"
+                    " set warmup_epochs > 0, switch mixup off earlier, set alpha=0, or fill them with"
+                    " IADAHead.update_statistics."
+                )
+            self._ready = True
+        return not self._pending
+
+    @torch.no_grad()
+    def observe(self, forward: Forward, labels: Tensor, *, characteristics: bool) -> Tensor:
+        """Take note of a micro-batch.
+
+        Args:
+            forward: its pass.
+            labels: ``[N]``.
+            characteristics: compute f and keep the features; otherwise only labels are counted.
+
+        Returns:
+            f ``[N, K]``, empty without ``characteristics``.
+        """
+        if not characteristics:
+            if not self.prior_known:
+                self._pending.append((labels,))
+            return labels.new_empty(0)
+        head = self.head
+        dtype = head.covariance.dtype
+        features = forward.features.detach().to(dtype)  # type: ignore[union-attr]
+        counts = head.log_prior.exp() if self.prior_known else self.label_count
+        state = BatchState(
+            features=features,
+            logits=forward.logits.detach().to(dtype),  # type: ignore[union-attr]
+            labels=labels,
+            weight=head.weight.detach().to(dtype),
+            class_mean=head.class_mean,
+            class_spread=variances(head.covariance).sum(dim=1),
+            class_proportion=counts / counts.sum().clamp_min(torch.finfo(dtype).tiny),
+            class_loss=self.means.class_loss,
+            class_margin=self.means.class_margin,
+            mean_loss=self.means.mean_loss,
+        )
+        f = compute_characteristics(state, self.characteristics)
+        self._pending.append((labels, features, f, state.loss, state.margin))
+        return f
+
+    @torch.no_grad()
+    def flush(self, *, in_warmup: bool, f_moments: PerturbationNetwork) -> None:
+        """Merge what was observed since the last optimizer step.
+
+        Args:
+            in_warmup: covariances are estimated; afterwards they are learned and only means follow the features.
+            f_moments: keeps the running moments of the characteristics.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return
+        columns = [gather_rows(torch.cat(parts)) for parts in zip(*pending, strict=True)]
+        labels = columns[0]
+        if not self.prior_known:
+            self.label_count.index_add_(0, labels, torch.ones_like(labels, dtype=self.label_count.dtype))
+        if len(columns) == 1:
+            return
+        _, features, f, loss, margin = columns
+        # A NaN or Inf must not stay in a running average.
+        good = torch.isfinite(features).all(dim=1) & torch.isfinite(f).all(dim=1)
+        if not bool(good.all()):
+            labels, features, f, loss, margin = (x[good] for x in (labels, features, f, loss, margin))
+        self.head.update_statistics(features, labels, means_only=not in_warmup)
+        self.means.update(loss, margin, labels)
+        f_moments.update_moments(f)
