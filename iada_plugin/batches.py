@@ -45,6 +45,14 @@ class EndlessBatches(Sampler[list[int]]):
             yield batch[rank() :: world_size()]
 
 
+def length_of(loader: Any) -> int | None:
+    """``len(loader)``, or ``None`` where it has no end or does not know."""
+    try:
+        return len(loader)
+    except TypeError:
+        return None
+
+
 def meta_dataloader(
     dataset: Any, batch_size: int, seed: int, collate_fn: Callable[[list[Any]], Any] | None = None, **options: Any
 ) -> DataLoader:
@@ -74,7 +82,7 @@ class MetaBatches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
-        if hasattr(loader, "__len__") and len(loader) == 0:
+        if length_of(loader) == 0:
             raise ValueError("meta_loader is empty: IADA needs clean, balanced batches to learn its perturbations on.")
         self.loader, self.device, self.drawn = loader, device, 0
         self._iterator: Iterator[Any] | None = None

@@ -36,7 +36,7 @@ class Forward:
         return torch.promote_types(self.logits.dtype, torch.float32)  # type: ignore[union-attr]
 
 
-class _Hook:
+class Hook:
     """A hook that copies of the module (an EMA, a pickle) do not inherit."""
 
     def __init__(self, function: Callable[..., Any] | None) -> None:
@@ -45,13 +45,14 @@ class _Hook:
     # A graph break: what the hooks record must be the tensors of the real pass.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, if this is not a copy."""
         return None if self.function is None else self.function(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return _Hook(None)
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return _Hook, (None,)
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return Hook, (None,)
 
 
 class Capture:
@@ -71,8 +72,8 @@ class Capture:
         self._probe: Forward | None = None
         self._verified = False
         self._handles = [
-            model.register_forward_pre_hook(_Hook(self._before_model), with_kwargs=True),
-            head.register_forward_hook(_Hook(self._after_head), with_kwargs=True),
+            model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True),
+            head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
         ]
 
     @property

@@ -47,11 +47,11 @@ def double_backward(features_of, parameters, train, meta, head, epsilon, sigma, 
     z = naive_logits(h, w, b, labels, epsilon, sigma, head.log_prior, config.alpha, config.beta)
     grads = torch.autograd.grad(F.cross_entropy(z, labels), list(values.values()), create_graph=True)
     step = lr if lr else 1.0
-    virtual = {n: v - step * g for (n, v), g in zip(values.items(), grads)}
+    virtual = {n: v - step * g for (n, v), g in zip(values.items(), grads, strict=True)}
     if lr:
         h, w, b = logits(virtual, meta)
         return torch.autograd.grad(F.cross_entropy(F.linear(h, w, b), meta_labels), (epsilon, sigma))
     h, w, b = logits(values, meta)
     v = torch.autograd.grad(F.cross_entropy(F.linear(h, w, b), meta_labels), list(values.values()))
-    product = sum((virtual[n] * d).sum() for n, d in zip(names, v))
+    product = sum((virtual[n] * d).sum() for n, d in zip(names, v, strict=True))
     return torch.autograd.grad(product, (epsilon, sigma))

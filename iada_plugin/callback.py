@@ -1,0 +1,309 @@
+"""`MetaIADACallback`: Meta-IADA in a Hugging Face `Trainer`, by one argument."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .batches import length_of, meta_dataloader
+from .capture import Hook
+from .characteristics import DEFAULT_CHARACTERISTICS, Characteristic
+from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
+from .checks import REENTRANT
+from .config import IADAConfig
+from .data.meta import labels_of
+from .distributed import world_size
+from .engine import MetaIADA
+
+
+class MetaIADACallback(TrainerCallback):
+    """Trains a Trainer's classifier with Meta-IADA: ``Trainer(..., callbacks=[MetaIADACallback(meta_dataset=meta)])``.
+
+    The loss is taken over by a hook on the model for the length of ``train()``: cross-entropy in warm-up, Meta-IADA
+    afterwards. Evaluation, saving and the model class are untouched, and ``save_pretrained`` gives a plain checkpoint.
+
+    Logged with the training loss: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio``,
+    ``iada/meta_loss``. In a plain ``callbacks=[...]`` entry they reach the progress bar and ``state.log_history`` only,
+    because TensorBoard and W&B stand before it; :meth:`attach_to` puts it in front of them.
+
+    Args:
+        meta_dataset: small, clean, class-balanced set (a `datasets.Dataset` or map-style torch data set), prepared like
+            the training set; disjoint from it. See :func:`iada_plugin.data.balanced_meta_split`.
+        config: settings.
+        class_counts: ``[C]`` training samples per class. Default: the training set's label column if it has one, else
+            counted during warm-up.
+        classifier: name of the classifier's last layer where it is not found by itself.
+        characteristics: functions ``BatchState -> [N]``.
+        resume_from: the checkpoint folder that holds the state when a run is resumed from outside ``output_dir``, or
+            "fresh" to resume a run that has none. Default: ``output_dir/checkpoint-{step}``.
+    """
+
+    def __init__(
+        self,
+        meta_dataset: Any,
+        config: IADAConfig | None = None,
+        *,
+        class_counts: Sequence[float] | Tensor | None = None,
+        classifier: str | None = None,
+        characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
+        resume_from: str | Path | None = None,
+    ) -> None:
+        if not hasattr(meta_dataset, "__len__") or not hasattr(meta_dataset, "__getitem__"):
+            raise TypeError(
+                f"meta_dataset is a {type(meta_dataset).__name__}: it must be a map-style data set (with a length); it is"
+                " small, so load a streamed one into memory."
+            )
+        self.meta_dataset = meta_dataset
+        self.config = config or IADAConfig()
+        self.class_counts = class_counts
+        self.classifier = classifier
+        self.characteristics = characteristics
+        self.resume_from = resume_from
+        self.engine: MetaIADA | None = None
+        self._model_hook: Any = None
+        self._intercepted = False
+
+    # ---------------------------------------------------------------------------------------------------- front doors
+
+    def attach_to(self, trainer: Trainer) -> MetaIADACallback:
+        """Add this callback to a Trainer in front of its reporters, so that they get the ``iada/`` scalars too.
+
+        Raises:
+            ValueError: the Trainer computes its loss outside the model.
+        """
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            raise ValueError(_LOSS_OUTSIDE)
+        trainer.remove_callback(self)
+        trainer.callback_handler.callbacks.insert(1, self)  # the flow callback, which decides what is due, stays first
+        return self
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps_per_epoch: int,
+        epochs: float | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> MetaIADA:
+        """The engine for a timm or plain loop, on this callback's meta set and settings.
+
+        Args:
+            model, optimizer, steps_per_epoch, epochs: as for :class:`iada_plugin.MetaIADA`.
+            collate_fn: makes a batch of meta samples, as in a `DataLoader`.
+
+        Returns:
+            The criterion: ``loss = engine(model(input), target)``. ``meta_batch_size`` is 64 unless configured.
+        """
+        size = self.config.meta_batch_size or 64
+        return MetaIADA(
+            model,
+            optimizer,
+            meta_loader=meta_dataloader(self.meta_dataset, size, self.config.seed, collate_fn),
+            class_counts=self.class_counts,
+            steps_per_epoch=steps_per_epoch,
+            epochs=epochs,
+            config=self.config,
+            classifier=self.classifier,
+            characteristics=self.characteristics,
+        )
+
+    # ------------------------------------------------------------------------------------------------- Trainer events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the loss. Runs again whenever the Trainer starts over (``auto_find_batch_size``, a second train)."""
+        self.uninstall()
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        _check_arguments(args, model)
+        batches = length_of(loader)
+        steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps
+        self.engine = MetaIADA(
+            model,
+            kwargs["optimizer"],
+            meta_loader=self._meta_loader(args, loader),
+            class_counts=self.class_counts if self.class_counts is not None else _class_counts(loader, model),
+            steps_per_epoch=steps_per_epoch,
+            epochs=state.max_steps / steps_per_epoch,
+            config=self.config,
+            classifier=self.classifier,
+            characteristics=self.characteristics,
+        )
+        self.engine.capture.compiled |= bool(args.torch_compile)
+        self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
+        self._intercepted = False
+        if state.global_step > 0:
+            try:
+                self._resume(args, state)
+            except Exception:
+                self.uninstall()
+                raise
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.engine is not None
+        if self.resume_from == "fresh":
+            self.engine.step = state.global_step
+            return
+        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        try:
+            load_state(self.engine, state_file(folder))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the run resumes at step {state.global_step}, but {error}. Resume from"
+                " iada_plugin.last_complete_checkpoint(output_dir), name the folder with"
+                " MetaIADACallback(resume_from=...), or start the method anew with resume_from='fresh'."
+            ) from error
+
+    def _meta_loader(self, args: TrainingArguments, train_loader: Any) -> Any:
+        """Meta samples get the column filter and the collator of the training samples."""
+        dataset = self.meta_dataset
+        wanted = getattr(getattr(train_loader, "dataset", None), "column_names", None)
+        own = getattr(dataset, "column_names", None)
+        if wanted and own:
+            missing = [c for c in wanted if c not in own]
+            if missing:
+                raise ValueError(
+                    f"meta_dataset lacks the columns {missing} of the training set (it has {own}): prepare both alike"
+                    " (tokenizer, renamed label column)."
+                )
+            dataset = dataset.remove_columns([c for c in own if c not in wanted])
+        size = self.config.meta_batch_size or args.train_batch_size * world_size()
+        return meta_dataloader(
+            dataset,
+            size,
+            self.config.seed,
+            train_loader.collate_fn,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        )
+
+    def _replace_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        """Forward hook on the model: the training loss in its outputs becomes the engine's."""
+        engine = self.engine
+        if engine is None or engine.capture.busy or not (module.training and torch.is_grad_enabled()):
+            return None
+        labels = kwargs.get("labels")
+        if labels is None:
+            raise ValueError(_LOSS_OUTSIDE)
+        if not labels.is_floating_point() and labels.dtype != torch.bool:
+            labels = labels.long().view(-1) if labels.dim() == 2 and labels.shape[1] == 1 else labels.long()
+        is_mapping = isinstance(outputs, Mapping)
+        loss = engine(outputs["logits"] if is_mapping else outputs[1], labels, kwargs.get("num_items_in_batch"))
+        self._intercepted = True
+        if is_mapping:
+            outputs["loss"] = loss
+            return outputs
+        return (loss, *outputs[1:])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stage the state where a checkpoint is due; check that the loss really was replaced."""
+        if not self._intercepted:
+            raise RuntimeError(
+                "no training loss passed through MetaIADACallback in the first step: the Trainer trains another module"
+                " than the one it gave its callbacks. Use MetaIADA as the criterion of your own loop instead."
+            )
+        self._stage(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stage the state where a checkpoint is due."""
+        self._stage(args, state, control)
+
+    def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
+        if self.engine is not None and control.should_save and args.should_save:
+            os.makedirs(args.output_dir, exist_ok=True)
+            save_state(self.engine, staged_file(args.output_dir, state.global_step))
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the checkpoint that the Trainer has just written."""
+        if self.engine is None or not args.should_save:
+            return
+        staged = staged_file(args.output_dir, state.global_step)
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not staged.exists():  # save_strategy="best" decides after the evaluation
+            save_state(self.engine, staged)
+        if folder.is_dir():
+            os.replace(staged, folder / STATE_FILE)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the ``iada/`` scalars to a log of the training loss."""
+        if self.engine is None or logs is None or "loss" not in logs:
+            return
+        metrics = self.engine.pop_metrics()
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model back as it was."""
+        self.uninstall()
+        if args.should_save:
+            staged_file(args.output_dir, state.global_step).unlink(missing_ok=True)
+
+    def uninstall(self) -> None:
+        """Remove every hook and restore the classifier, after an interrupted ``train()`` for instance."""
+        if self._model_hook is not None:
+            self._model_hook.remove()
+            self._model_hook = None
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+
+_LOSS_OUTSIDE = (
+    "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor or compute_loss_func moves"
+    " the loss out of it. Set label_smoothing_factor=0 and drop compute_loss_func (IADA is the loss)."
+)
+
+
+def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    """What cannot work, said before the first step."""
+    if args.label_smoothing_factor:
+        raise ValueError(_LOSS_OUTSIDE)
+    if args.n_gpu > 1:
+        raise ValueError(
+            "the Trainer would wrap the model in DataParallel, which copies it in every step. Launch with torchrun"
+            " --nproc_per_node N, or use one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    if args.deepspeed or args.fsdp:
+        raise ValueError("DeepSpeed and FSDP shard the parameters: not supported yet; train with DDP (torchrun).")
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    if kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1:
+        raise ValueError(
+            f"the model is set up for {kind or 'regression (num_labels=1)'}: IADA needs a softmax over classes. Use"
+            " num_labels >= 2 and problem_type='single_label_classification'."
+        )
+    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(REENTRANT)
+
+
+def _class_counts(loader: Any, model: nn.Module) -> Tensor | None:
+    """``[C]`` from the training set's label column, or ``None`` where it has none that can be read at once."""
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    labels = labels_of(getattr(loader, "dataset", None))
+    if labels is None or num_labels is None:
+        return None
+    wrong = labels[(labels < 0) | (labels >= num_labels)]
+    if wrong.numel():
+        raise ValueError(f"the training set has the label {int(wrong[0])}; the model has {num_labels} classes.")
+    return torch.bincount(labels.long(), minlength=num_labels)
