@@ -1,0 +1,94 @@
+"""Accuracy over groups and classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def group_accuracies(correct: Any, groups: Any) -> np.ndarray:
+    """Accuracy of each group.
+
+    Args:
+        correct: ``[N]`` whether a prediction is right.
+        groups: ``[N, G]`` memberships; groups may overlap.
+
+    Returns:
+        ``[G]`` shares in 0..1, NaN for a group without rows.
+    """
+    correct, groups = np.asarray(correct, dtype=float), np.asarray(groups, dtype=float)
+    size = groups.sum(axis=0)
+    return np.divide(correct @ groups, size, out=np.full(groups.shape[1], np.nan), where=size > 0)
+
+
+def worst_group_accuracy(correct: Any, groups: Any, min_size: int = 1) -> tuple[float, int]:
+    """Lowest accuracy over the groups of at least ``min_size`` rows, and which group it is.
+
+    Args:
+        correct: ``[N]``.
+        groups: ``[N, G]``.
+        min_size: smaller groups are left out: a few rows say little.
+
+    Raises:
+        ValueError: no group is that large.
+    """
+    accuracy = group_accuracies(correct, groups)
+    accuracy[np.asarray(groups).sum(axis=0) < max(min_size, 1)] = np.nan
+    if np.isnan(accuracy).all():
+        raise ValueError(f"no group has {min_size} rows: lower min_size.")
+    worst = int(np.nanargmin(accuracy))
+    return float(accuracy[worst]), worst
+
+
+def worst_group_interval(
+    correct: Any, groups: Any, min_size: int = 1, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the worst group's accuracy; rows are drawn again with replacement.
+
+    The groups compared are those of at least ``min_size`` rows in the data itself. The minimum over groups is biased
+    downward under resampling, so the interval may lie below the estimate.
+
+    Args:
+        correct: ``[N]``.
+        groups: ``[N, G]``.
+        min_size: as :func:`worst_group_accuracy`.
+        level: coverage in 0..1.
+        draws: number of bootstrap samples.
+        seed: of the draws.
+    """
+    correct, groups = np.asarray(correct, dtype=float), np.asarray(groups, dtype=float)
+    groups = groups[:, groups.sum(axis=0) >= max(min_size, 1)]
+    rng = np.random.default_rng(seed)
+    n = len(correct)
+    worst = np.empty(draws)
+    for i in range(draws):
+        weight = np.bincount(rng.integers(0, n, n), minlength=n)
+        size = weight @ groups
+        share = np.divide((weight * correct) @ groups, size, out=np.ones_like(size), where=size > 0)
+        worst[i] = share.min()
+    low, high = np.quantile(worst, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def class_accuracies(predictions: Any, labels: Any, num_classes: int) -> np.ndarray:
+    """Accuracy of each class, ``[C]``, NaN for a class without rows; ``predictions`` and ``labels`` are ``[N]``."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    return group_accuracies(predictions == labels, np.eye(num_classes, dtype=bool)[labels])
+
+
+def shot_accuracies(class_accuracy: Any, train_counts: Any, *, many: int = 100, few: int = 20) -> dict[str, float]:
+    """Mean class accuracy over many-shot (> ``many`` training samples), medium and few-shot (< ``few``) classes.
+
+    The bounds of Liu et al. (2019), "Large-Scale Long-Tailed Recognition in an Open World".
+
+    Args:
+        class_accuracy: ``[C]``.
+        train_counts: ``[C]`` training samples of each class.
+
+    Returns:
+        Keys "many", "medium" and "few"; NaN where no class falls into one.
+    """
+    accuracy, counts = np.asarray(class_accuracy, dtype=float), np.asarray(train_counts)
+    parts = {"many": counts > many, "medium": (counts <= many) & (counts >= few), "few": counts < few}
+    return {name: float(np.nanmean(accuracy[part])) if part.any() else float("nan") for name, part in parts.items()}
