@@ -90,12 +90,16 @@ class MetaBatches:
     def __iter__(self) -> MetaBatches:
         return self
 
+    def open(self) -> None:
+        """Make the loader's iterator, if there is none; a `DataLoader` draws a random number for it."""
+        if self._iterator is None:
+            self._iterator = iter(self.loader)
+
     def __next__(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
         for _ in range(2):
-            if self._iterator is None:
-                self._iterator = iter(self.loader)
+            self.open()
             try:
-                batch = next(self._iterator)
+                batch = next(self._iterator)  # type: ignore[arg-type]
                 break
             except StopIteration:
                 self._iterator = None

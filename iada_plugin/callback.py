@@ -80,7 +80,8 @@ class MetaIADACallback(TrainerCallback):
         """
         if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
             raise ValueError(_LOSS_OUTSIDE)
-        trainer.remove_callback(self)
+        if self in trainer.callback_handler.callbacks:
+            trainer.remove_callback(self)
         trainer.callback_handler.callbacks.insert(1, self)  # the flow callback, which decides what is due, stays first
         return self
 

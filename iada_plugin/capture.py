@@ -71,6 +71,9 @@ class Capture:
         self._current: Forward | None = None
         self._probe: Forward | None = None
         self._verified = False
+        for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]  # of an engine that was not closed
         self._handles = [
             model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True),
             head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
@@ -92,7 +95,8 @@ class Capture:
         record.features = args[0] if args else kwargs["input"]
         record.logits = output
         kind = output.device.type
-        record.autocast_dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        record.autocast_dtype = torch.get_autocast_dtype(kind) if autocast else None
         tf32 = kind == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
         record.exact = record.autocast_dtype is None and not tf32 and not self.compiled
 
@@ -205,19 +209,23 @@ def set_rng_state(device: torch.device, states: list[Tensor]) -> None:
         getattr(torch, device.type).set_rng_state(states[1], device)
 
 
+def seed_rng(device: torch.device, seed: int) -> None:
+    """Seed the CPU and ``device``, and no other device."""
+    torch.default_generator.manual_seed(seed)
+    if device.type not in ("cpu", "meta"):
+        module = getattr(torch, device.type)
+        with module.device(device):
+            module.manual_seed(seed)
+
+
 @contextmanager
-def isolated(model: nn.Module, head: IADAHead, seed: int) -> Iterator[None]:
-    """Run extra passes from ``seed``; random state and buffers (BatchNorm's) are afterwards as they were."""
+def isolated(model: nn.Module, head: IADAHead) -> Iterator[None]:
+    """Run extra passes; random state and buffers (BatchNorm's) are afterwards as they were."""
     device = head.weight.device
     own = {id(b) for b in head.buffers()}
     buffers = [b.data for b in model.buffers() if id(b) not in own]
     saved, states = [b.clone() for b in buffers], rng_state(device)
     try:
-        torch.default_generator.manual_seed(seed)
-        if len(states) > 1:
-            module = getattr(torch, device.type)
-            with module.device(device):  # seeds this device only
-                module.manual_seed(seed)
         yield
     finally:
         set_rng_state(device, states)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -98,8 +99,12 @@ class MetaIADA:
         if labels is not None:
             trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
             require_all_classes(labels, linear.out_features, trained)
-        self._converted = not isinstance(linear, IADAHead)
-        self.head = convert_to_iada(linear, covariance=config.covariance) if self._converted else linear
+        if "_converted_from" in vars(linear):
+            warnings.warn("an earlier MetaIADA on this model was not closed: this one takes its place.")
+            restore_linear(linear)  # type: ignore[arg-type]
+        converted = not isinstance(linear, IADAHead)
+        self.head = convert_to_iada(linear, covariance=config.covariance) if converted else linear
+        self._conversion = vars(self.head).get("_converted_from")
         try:
             if class_counts is not None:
                 self.head.set_class_counts(class_counts)
@@ -204,9 +209,8 @@ class MetaIADA:
         self._restore_head()
 
     def _restore_head(self) -> None:
-        if self._converted:
+        if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
             restore_linear(self.head)
-            self._converted = False
 
 
 def _mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:

@@ -187,17 +187,18 @@ def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto") -> IADAHead:
     except Exception:
         linear.__class__ = original
         raise
-    linear.__dict__["_linear_class"] = original
+    # A fresh object each time: whoever keeps it can tell whether the conversion is still its own.
+    linear.__dict__["_converted_from"] = [original]
     return linear  # type: ignore[return-value]
 
 
 def restore_linear(head: IADAHead) -> nn.Linear:
     """Undo :func:`convert_to_iada`. A head that was never converted (built by hand) is left as it is."""
-    original = head.__dict__.pop("_linear_class", None)
-    if original is not None:
+    converted_from = head.__dict__.pop("_converted_from", None)
+    if converted_from is not None:
         for name in _BUFFERS:
             delattr(head, name)
-        head.__class__ = original
+        head.__class__ = converted_from[0]
     return head
 
 
@@ -236,11 +237,14 @@ def find_classifier(model: nn.Module, name: str | nn.Module | None = None) -> tu
 
 
 def _live_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Named modules, without the inactive copies that peft keeps of the layers it trains or adapts."""
+    """Named modules, without the inactive copies that peft keeps and the insides of its adapted layers."""
+    adapted: list[str] = []
     for name, module in model.named_modules():
-        parts = name.split(".")
-        if "original_module" not in parts and "base_layer" not in parts and "lora_A" not in parts:
-            yield name, module
+        if "original_module" in name.split(".") or any(name.startswith(f"{prefix}.") for prefix in adapted):
+            continue
+        if hasattr(module, "base_layer"):
+            adapted.append(name)
+        yield name, module
 
 
 def _timm_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
@@ -264,7 +268,8 @@ def _timm_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str | N
 
 def _linear_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str:
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    linear = [key for key, module in modules.items() if isinstance(module, nn.Linear)]
+    # A layer that peft adapts counts, so that it is refused by name rather than passed over.
+    linear = [key for key, m in modules.items() if isinstance(getattr(m, "base_layer", m), nn.Linear)]
     if num_labels is not None:
         linear = [key for key in linear if modules[key].out_features == num_labels]
     usual = [key for key in linear if {"classifier", "score", "head", "fc"} & set(key.split("."))]
@@ -279,7 +284,9 @@ def _linear_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str:
 
 
 def _require_linear(module: nn.Module, what: str) -> None:
-    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+    # timm's Linear differs from nn.Linear under torch.jit only.
+    plain = type(module).forward is nn.Linear.forward or type(module).__module__ == "timm.layers.linear"
+    if isinstance(module, nn.Linear) and plain:
         return
     kind = type(module).__name__
     hint = "IADA needs the logits of one nn.Linear on [N, H] features"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hypergradient as hg
-from .capture import Capture, Forward, isolated
+from .batches import MetaBatches
+from .capture import Capture, Forward, isolated, seed_rng
 from .checks import REENTRANT, check_labels
 from .config import IADAConfig
 from .covariance import plain_step, relative_step
@@ -37,7 +37,7 @@ class MetaStep:
         capture: Capture,
         optimizer: torch.optim.Optimizer,
         parameters: dict[str, nn.Parameter],
-        batches: Iterator[Any],
+        batches: MetaBatches,
         num_characteristics: int,
         config: IADAConfig,
     ) -> None:
@@ -80,14 +80,15 @@ class MetaStep:
             step: optimizer step; seeds the meta pass's dropout, so that a resumed run repeats it.
         """
         parameters = list(self.parameters.values())
-        with isolated(self.capture.model, self.head, (self.config.seed * 1_000_003 + step) % 2**31):
+        with isolated(self.capture.model, self.head):
+            batch = self._draw((self.config.seed * 1_000_003 + step) % 2**31)
             rates, eta = self._virtual_rates(parameters)
             if self.config.schedule == "lookahead":
                 gradient = self._train_gradient(forward, labels, f, parameters)
                 with hg.displaced(parameters, torch._foreach_mul(gradient, [-r for r in rates])):
-                    meta_loss, v = self._meta_gradient(parameters, forward)
+                    meta_loss, v = self._meta_gradient(batch, parameters, forward)
             else:
-                meta_loss, v = self._meta_gradient(parameters, forward)
+                meta_loss, v = self._meta_gradient(batch, parameters, forward)
             # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
             direction = torch._foreach_mul(v, [r / eta for r in rates])
             features, features_dot = self._features_and_tangent(forward, direction)
@@ -118,9 +119,17 @@ class MetaStep:
         weighted_average_(gradient, labels.numel())
         return gradient
 
-    def _meta_gradient(self, parameters: list[nn.Parameter], like: Forward) -> tuple[Tensor, list[Tensor]]:
+    def _draw(self, seed: int) -> Any:
+        """The next meta batch; its augmentation, and the meta pass after it, run from ``seed``."""
+        self.batches.open()
+        seed_rng(self.capture.device, seed)
+        batch = next(self.batches)
+        seed_rng(self.capture.device, seed)
+        return batch
+
+    def _meta_gradient(self, batch: Any, parameters: list[nn.Parameter], like: Forward) -> tuple[Tensor, list[Tensor]]:
         """Meta loss (plain cross-entropy) and its gradient at the current parameters."""
-        (args, kwargs), labels = next(self.batches)
+        (args, kwargs), labels = batch
         with hg.meta_precision(like.autocast_dtype, labels.device.type), torch.set_grad_enabled(not self._head_only):
             features = self.capture.features_of(args, kwargs)
         torch.clear_autocast_cache()
@@ -215,11 +224,23 @@ def _gradient(loss: Tensor, parameters: list[nn.Parameter], like: Forward, retai
     # Through a float16 graph small gradients vanish unless they are scaled up.
     scale = 8192.0 if like.autocast_dtype == torch.float16 else 1.0
     loss = loss * scale if scale != 1 else loss
-    try:
-        found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant" in str(error) or ".grad()" in str(error):
-            raise ValueError(REENTRANT) from error
-        raise
+    found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    # Reentrant checkpointing hides the parameters inside it from autograd.grad: they would pass for unused.
+    if any(g is None for g in found) and _has_reentrant_checkpoint(loss):
+        raise ValueError(REENTRANT)
     gradient = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
     return gradient if scale == 1 else list(torch._foreach_div(gradient, scale))
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of ``loss`` holds a reentrant ``torch.utils.checkpoint``."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False

@@ -1,0 +1,87 @@
+"""Try Meta-IADA's classifier search on one model of every timm family and write the table docs/timm_families.md.
+
+    python docs/timm_families.py
+
+Models are built and run on the meta device: no weights, no download, no memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import timm
+import torch
+from timm.layers import set_fused_attn
+
+from iada_plugin.capture import Capture
+from iada_plugin.head import convert_to_iada, find_classifier
+
+
+def smallest_model(module: str) -> str | None:
+    """The first model of a family that the meta device can build."""
+    names = timm.list_models(module=module)
+    return names[0] if names else None
+
+
+def try_family(module: str) -> tuple[str, str, str]:
+    """Model tried, its classifier or "-", and what came of it."""
+    name = smallest_model(module)
+    if name is None:
+        return "-", "-", "no registered model"
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = timm.create_model(name, num_classes=10).train()
+    except Exception as error:
+        return name, "-", f"not checked: cannot be built on the meta device ({type(error).__name__})"
+    try:
+        classifier, linear = find_classifier(model)
+    except (TypeError, ValueError) as error:
+        return name, "-", f"refused: {error}"
+    capture = Capture(model, convert_to_iada(linear))
+    capture.device = torch.device("cpu")  # random state of the meta device does not exist
+    size = model.pretrained_cfg.get("input_size", (3, 224, 224))
+    try:
+        output = model(torch.empty(2, *size, device="meta"))
+    except Exception as error:
+        return name, classifier, f"found; its pass is not checked: fails on the meta device ({type(error).__name__})"
+    try:
+        capture.take(output[0] if isinstance(output, tuple) else output)
+    except (RuntimeError, ValueError) as error:
+        return name, classifier, f"refused: {error}"
+    return name, classifier, "works"
+
+
+def table() -> list[tuple[str, str, str, str]]:
+    """Rows (family, model, classifier, outcome)."""
+    set_fused_attn(False)
+    return [(module, *try_family(module)) for module in timm.list_modules()]
+
+
+def main() -> None:
+    """Write the table."""
+    rows = table()
+    works = sum(outcome == "works" for *_, outcome in rows)
+    lines = [
+        "# timm families",
+        "",
+        f"One model of each of timm {timm.__version__}'s {len(rows)} families, tried by `docs/timm_families.py` on the meta"
+        f" device: {works} work. *Works* means that the classifier is found, is one `Linear` on features `[N, H]`, and that"
+        " the model's output is its output. The others raise the error shown when training starts.",
+        "",
+        "| family | model tried | classifier | outcome |",
+        "|---|---|---|---|",
+        *(f"| {f} | {m} | {f'`{c}`' if c != '-' else c} | {o} |" for f, m, c, o in rows),
+        "",
+    ]
+    path = Path(__file__).with_suffix(".md")
+    path.write_text("\n".join(lines))
+    print(f"{works} of {len(rows)} families work; wrote {path}")
+    for family, model, _, outcome in rows:
+        if outcome != "works":
+            print(f"{family:<24}{model:<40}{outcome}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,540 @@
+"""The criterion in plain loops."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MLP, ConvNet, distilbert, tokens
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from iada_plugin import IADAConfig, IADAHead, MetaIADA
+
+NEUTRAL = {"alpha": 0.0, "beta": 0.0, "meta_lr": 0.0}
+
+
+def images(n=12, classes=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 8, 8, generator=generator), torch.arange(n) % classes
+
+
+def vectors(n=16, classes=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 6, generator=generator), torch.arange(n) % classes
+
+
+def make(model, meta, *, warmup=1, steps=1, epochs=10, lr=0.1, counts=None, optimizer=None, **config):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    iada = MetaIADA(model, optimizer, meta_loader=[meta], class_counts=counts, steps_per_epoch=steps, epochs=epochs,
+                    config=IADAConfig(warmup_epochs=warmup, **config))  # fmt: skip
+    return iada, optimizer
+
+
+def fit(model, criterion, optimizer, batches):
+    model.train()
+    losses = []
+    for x, y in batches:
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["finite_difference", "forward", "head"])
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+def test_neutral_settings_train_as_cross_entropy_bit_for_bit(mode, schedule):
+    """Meta passes run in every step and leave no trace: parameters, BatchNorm buffers, dropout masks."""
+    model = ConvNet(dropout=0.3)
+    twin = copy.deepcopy(model)
+    batches = [images(seed=s) for s in range(6)]
+    torch.manual_seed(5)
+    expected = fit(twin, F.cross_entropy, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9), batches)
+    iada, optimizer = make(model, images(seed=9), hypergradient=mode, schedule=schedule, **NEUTRAL)
+    torch.manual_seed(5)
+    found = fit(model, iada, optimizer, batches)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert same(model, twin)
+    assert iada.meta_batches.drawn == 5
+
+
+def test_the_whole_step_improves_on_the_meta_set_and_moves_everything():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[8, 4, 4], meta_lr=0.05)
+    fit(model, iada, optimizer, [vectors(seed=0)])
+    sigma = iada.head.covariance.clone()
+    metrics = iada.pop_metrics()
+    assert metrics == {}  # warm-up
+    fit(model, iada, optimizer, [vectors(seed=0)] * 8)
+    metrics = iada.pop_metrics()
+    assert {
+        "iada/epsilon_mean",
+        "iada/epsilon_std",
+        "iada/adversarial_ratio",
+        "iada/meta_loss",
+        "iada/epsilon_mean/2",
+    } <= set(metrics)
+    assert metrics["iada/epsilon_mean"] != 0 and -1 < metrics["iada/epsilon_mean"] < 1
+    assert not torch.equal(sigma, iada.head.covariance)
+    assert torch.linalg.eigvalsh(iada.head.covariance).min() > -1e-6
+    torch.testing.assert_close(iada.head.covariance, iada.head.covariance.mT)
+    assert iada.step == 9
+
+
+@pytest.mark.parametrize("warmup", [4, 0])
+def test_micro_batches_equal_one_batch(warmup):
+    """In warm-up, and afterwards without an update from a meta step."""
+    whole, parts = MLP(), MLP()
+    parts.load_state_dict(whole.state_dict())
+    engines = []
+    for model in (whole, parts):
+        head = IADAHead.from_linear(model.fc, class_counts=[9, 5, 2])
+        head.update_statistics(torch.randn(30, 16, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3)
+        model.fc = head
+        iada, optimizer = make(model, vectors(seed=1), warmup=warmup, meta_lr=0.0, covariance_lr=0.0)
+        nn.init.normal_(iada.meta.perturbation.output.weight, generator=torch.Generator().manual_seed(2))
+        engines.append((iada, optimizer))
+    for step in range(3):
+        x, y = vectors(seed=step)
+        whole.train(), parts.train()
+        for (iada, optimizer), model, chunks in zip(engines, (whole, parts), (1, 4), strict=True):
+            optimizer.zero_grad()
+            for a, b in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
+                iada(model(a), b, denominator=len(y)).backward()
+            optimizer.step()
+    for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    states = [iada.state_dict() for iada, _ in engines]
+    for key, value in states[0].items():
+        if key != "counters" and not key.startswith("meta_optimizer"):  # the meta step sees the first micro-batch
+            torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-5)
+    assert [iada.step for iada, _ in engines] == [3, 3]
+    expected_meta = 0 if warmup else 3
+    assert [iada.meta_batches.drawn for iada, _ in engines] == [expected_meta] * 2
+
+
+def test_without_gradients_it_is_cross_entropy_and_changes_nothing():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1])
+    fit(model, iada, optimizer, [vectors()] * 3)
+    before = iada.state_dict()
+    x, y = vectors(seed=4)
+    with torch.no_grad():
+        assert torch.equal(iada(model(x), y), F.cross_entropy(model(x), y))
+    model.eval()
+    assert torch.equal(iada(model(x), y), F.cross_entropy(model(x), y))
+    assert all(torch.equal(before[k], v) for k, v in iada.state_dict().items())
+
+
+def test_priors_are_counted_in_warm_up():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), warmup=2)
+    y = torch.tensor([0] * 6 + [1] * 3 + [2])
+    fit(model, iada, optimizer, [(vectors(10)[0], y)] * 3)
+    torch.testing.assert_close(iada.head.log_prior.exp(), torch.tensor([0.6, 0.3, 0.1]))
+
+
+def test_a_class_without_samples_and_beta_zero_gives_no_nan():
+    model = MLP()
+    x, y = vectors()
+    iada, optimizer = make(model, vectors(seed=1), beta=0.0)
+    with pytest.warns(UserWarning, match="classes 2"):
+        losses = fit(model, iada, optimizer, [(x, y.clamp_max(1))] * 4)
+    assert all(loss.isfinite() for loss in losses)
+    assert all(v.isfinite().all() for v in iada.state_dict().values())
+    assert iada.meta.skipped == 0 and not iada.head.covariance[2].any()
+
+
+def test_a_batch_of_one_sample():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1])
+    losses = fit(model, iada, optimizer, [vectors(1, seed=s) for s in range(5)])
+    assert all(loss.isfinite() for loss in losses) and iada.meta.skipped == 0
+
+
+def test_frozen_parameters_stay():
+    model = MLP()
+    model.body.requires_grad_(False)
+    frozen = copy.deepcopy(model.body.state_dict())
+    for mode in ("finite_difference", "forward", "head"):
+        iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], hypergradient=mode)
+        weight = model.fc.weight.detach().clone()
+        fit(model, iada, optimizer, [vectors()] * 3)
+        assert all(torch.equal(v, frozen[k]) for k, v in model.body.state_dict().items())
+        assert not torch.equal(weight, model.fc.weight) and iada.meta.skipped == 0
+        iada.close()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        make(model, vectors(), optimizer=torch.optim.SGD([torch.zeros(1)], lr=1.0))
+
+
+class Tied(nn.Module):
+    """The classifier's weight is the embedding's."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.mix = nn.Linear(8, 8)
+        self.fc = nn.Linear(8, 5)
+        self.fc.weight = self.embed.weight
+
+    def forward(self, x):
+        return self.fc(torch.tanh(self.mix(self.embed(x)).mean(1)))
+
+
+def test_tied_weights():
+    """The displaced pass must move both uses of a shared weight: forward mode, exact, agrees with differences."""
+    updates = {}
+    for mode in ("finite_difference", "forward"):
+        torch.manual_seed(0)
+        model = Tied().double()
+        x, y = torch.randint(0, 5, (10, 4)), torch.arange(10) % 5
+        iada, optimizer = make(model, (x.flip(0), y), counts=[1] * 5, hypergradient=mode, lr=0.5)
+        fit(model, iada, optimizer, [(x, y)] * 3)
+        assert model.fc.weight is model.embed.weight
+        updates[mode] = iada.meta.perturbation.output.weight.detach()
+    torch.testing.assert_close(updates["forward"], updates["finite_difference"], rtol=1e-4, atol=1e-8)
+
+
+def test_lora():
+    peft = pytest.importorskip("peft")
+    model = distilbert(num_labels=3)
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_lin", "v_lin"]))
+    train, meta = tokens(9, 3), tokens(6, 3, seed=3)
+    labels, meta_labels = train.pop("labels"), meta.pop("labels")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    iada, _ = make(model, (meta, meta_labels), counts=[1, 1, 1], optimizer=optimizer)
+    assert "modules_to_save" in iada.classifier_name
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    for _ in range(4):
+        optimizer.zero_grad()
+        iada(model(**train).logits, labels).backward()
+        optimizer.step()
+    assert iada.meta.skipped == 0 and iada.pop_metrics()["iada/epsilon_std"] > 0
+    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)
+    iada.close()
+    adapted = peft.get_peft_model(distilbert(num_labels=3), peft.LoraConfig(r=2, target_modules=["classifier"]))
+    with pytest.raises(TypeError, match=r"'base_model.model.classifier' is a Linear.*modules_to_save"):
+        make(adapted, (meta, meta_labels))
+
+
+class Checkpointed(MLP):
+    reentrant = False
+
+    def forward(self, x):
+        # Reentrant checkpointing needs an input that requires a gradient.
+        return self.fc(checkpoint(self.body, x.requires_grad_(), use_reentrant=self.reentrant))
+
+
+def test_gradient_checkpointing():
+    plain, checked = MLP(), Checkpointed()
+    checked.load_state_dict(plain.state_dict())
+    for model in (plain, checked):
+        iada, optimizer = make(model, vectors(seed=1), counts=[2, 1, 1])
+        fit(model, iada, optimizer, [vectors(seed=s) for s in range(5)])
+    assert same(plain, checked)
+    checked.reentrant = True
+    iada, optimizer = make(checked, vectors(seed=1), counts=[2, 1, 1])
+    with pytest.raises(ValueError, match="use_reentrant"):
+        fit(checked, iada, optimizer, [vectors()] * 2)
+
+
+def test_bf16_autocast_stays_close_to_float32():
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = MLP()
+        iada, optimizer = make(model, vectors(seed=1), counts=[8, 4, 4], lr=0.05)
+        model.train()
+        for _ in range(6):
+            x, y = vectors()
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss = iada(model(x), y)
+            assert loss.dtype == torch.float32
+            loss.backward()
+            optimizer.step()
+        results.append((loss.item(), iada.state_dict()))
+        assert iada.meta.skipped == 0
+    assert abs(results[0][0] - results[1][0]) < 2e-2
+    a, b = (r[1]["perturbation.output.weight"].flatten() for r in results)
+    assert F.cosine_similarity(a, b, dim=0) > 0.9
+
+
+def test_autocast_cannot_hide_a_displacement():
+    """Inside one autocast block cached copies of the weights must not stand in for the displaced ones."""
+    model = MLP()
+    iada, _ = make(model, vectors(seed=1), counts=[1, 1, 1], lr=5.0)
+    model.train()
+    iada.step = 1
+    iada.head.class_count.fill_(1)
+    seen = []
+    original = iada.capture.features_of
+    iada.capture.features_of = lambda *a, **k: seen.append(original(*a, **k)) or seen[-1]
+    meta_x = vectors(seed=1)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        at_phi = model.body(meta_x)
+        iada(model(vectors()[0]), vectors()[1])
+    assert (seen[0] - at_phi).abs().max() > 0.05
+
+
+def test_half_precision_weights():
+    model = MLP().to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"float32 weights.*'forward' or 'head'"):
+        make(model, vectors())
+    for mode in ("forward", "head"):
+        x, y = vectors()
+        iada, optimizer = make(model, (x.bfloat16(), y), counts=[1, 1, 1], hypergradient=mode)
+        losses = fit(model, iada, optimizer, [(x.bfloat16(), y)] * 3)
+        assert losses[-1].dtype == torch.float32 and iada.meta.skipped == 0
+        iada.close()
+
+
+def test_meta_every_and_the_number_of_passes():
+    model = ConvNet()
+    iada, optimizer = make(model, images(seed=9), counts=[1] * 4, meta_every=3)
+    passes = []
+    model.stem.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    counts = []
+    for s in range(7):
+        passes.clear()
+        fit(model, iada, optimizer, [images(seed=s)])
+        counts.append(list(passes))
+    plain, step = [True], [True, True, False]  # train; train, meta, train displaced
+    assert counts == [plain, step, plain, plain, step, plain, plain]
+
+
+def test_state_goes_on_bit_for_bit():
+    def run(stop):
+        torch.manual_seed(0)
+        model = ConvNet(dropout=0.2)
+        iada, optimizer = make(model, images(seed=9), warmup=2)
+        batches = [images(seed=s) for s in range(8)]
+        if stop:
+            fit(model, iada, optimizer, batches[:stop])
+            kept = copy.deepcopy((model.state_dict(), optimizer.state_dict(), iada.state_dict(), torch.get_rng_state()))
+            iada.close()
+            torch.manual_seed(99)
+            model = ConvNet(dropout=0.2)
+            model.load_state_dict(kept[0])
+            iada, optimizer = make(model, images(seed=9), warmup=2)
+            optimizer.load_state_dict(kept[1])
+            iada.load_state_dict(kept[2])
+            torch.set_rng_state(kept[3])
+        fit(model, iada, optimizer, batches[stop:])
+        return model, iada
+
+    model, iada = run(0)
+    for stop in (1, 3, 6):
+        again, resumed = run(stop)
+        assert same(model, again)
+        assert all(torch.equal(v, resumed.state_dict()[k]) for k, v in iada.state_dict().items())
+
+
+def test_a_foreign_state_is_refused_whole():
+    iada, optimizer = make(MLP(), vectors(seed=1))
+    fit(iada.model, iada, optimizer, [vectors()] * 3)
+    other, _ = make(MLP(classes=4), vectors(classes=4))
+    before = other.state_dict()
+    with pytest.raises(ValueError, match="another model or setting"):
+        other.load_state_dict(iada.state_dict())
+    with pytest.raises(ValueError, match="is missing"):
+        other.load_state_dict({})
+    assert all(torch.equal(v, before[k]) for k, v in other.state_dict().items())
+
+
+def test_close_gives_the_model_back():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1))
+    fit(model, iada, optimizer, [vectors()] * 3)
+    iada.close()
+    iada.close()
+    assert type(model.fc) is nn.Linear and not model._forward_pre_hooks and not model.fc._forward_hooks
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_second_engine_takes_the_place_of_one_that_was_not_closed():
+    """As when a cell is run again after an interrupt."""
+    model = MLP()
+    first, optimizer = make(model, vectors(seed=1))
+    fit(model, first, optimizer, [vectors()] * 3)
+    with pytest.warns(UserWarning, match="takes its place"):
+        second, optimizer = make(model, vectors(seed=1))
+    assert not second.head.class_count.any() and not second.statistics.prior_known
+    assert len(model._forward_pre_hooks) == len(model.fc._forward_hooks) == 1
+    first.close()
+    assert isinstance(model.fc, IADAHead)
+    fit(model, second, optimizer, [vectors()] * 3)
+    second.close()
+    assert type(model.fc) is nn.Linear
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def criterion(warm=False, **options):
+    model = MLP().train()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], **options)
+    if warm:
+        fit(model, iada, optimizer, [vectors()])
+    return model, iada
+
+
+@pytest.mark.parametrize("labels,message", [
+    (torch.tensor([0, 1, 2, 3]), "label 3 is out of range"),
+    (torch.tensor([0, 1, -100, 2]), "label -100 is out of range"),
+    (torch.tensor([0.0, 1.0, 2.0, 0.0]), "class indices"),
+    (torch.tensor([[0], [1], [2], [0]]), r"shape \[4, 1\]"),
+    (torch.tensor([0, 1]), r"shape \[2\]"),
+])  # fmt: skip
+@pytest.mark.parametrize("warm", [False, True])
+def test_bad_labels(labels, message, warm):
+    model, iada = criterion(warm)
+    with pytest.raises(ValueError, match=message):
+        iada(model(vectors(4)[0]), labels)
+
+
+def test_soft_targets_train_in_warm_up_and_stop_afterwards():
+    model, iada = criterion()
+    x, y = vectors(4)
+    soft = F.one_hot(y, 3).float() * 0.9 + 0.1 / 3
+    torch.testing.assert_close(iada(model(x), soft), F.cross_entropy(model(x), soft))
+    model, iada = criterion(warm=True)
+    with pytest.raises(ValueError, match="mixup-off-epoch"):
+        iada(model(x), soft)
+    # Nothing but soft targets in warm-up: there are no statistics to augment with.
+    model, iada = criterion()
+    iada(model(x), soft).backward()
+    iada.optimizer.step()
+    with pytest.raises(ValueError, match="no class statistics"):
+        iada(model(x), y)
+
+
+def test_nan_features_give_a_nan_loss_and_stay_out_of_the_statistics():
+    model, iada = criterion(warm=True)
+    x, y = vectors(8)
+    before = iada.state_dict()
+    bad = x.clone()
+    bad[0] = float("nan")
+    with pytest.warns(UserWarning, match="not finite"):
+        loss = iada(model(bad), y)
+    assert loss.isnan()  # as cross-entropy would; the training code decides
+    after = iada.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if k.startswith(("perturbation", "head")))
+    iada._after_optimizer_step()  # what the optimizer's hook does
+    assert all(v.isfinite().all() for v in iada.state_dict().values())
+    assert iada.pop_metrics()["iada/skipped_steps"] == 1
+    assert iada(model(x), y).isfinite()
+
+
+def test_meta_sets():
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def start(loader, **options):
+        MetaIADA(
+            model,
+            optimizer,
+            meta_loader=loader,
+            steps_per_epoch=1,
+            epochs=2,
+            config=IADAConfig(warmup_epochs=1),
+            **options,
+        )
+
+    with pytest.raises(ValueError, match="meta_loader is empty"):
+        start([])
+    x, y = vectors()
+    two = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y.clamp_max(1)))
+    with pytest.raises(ValueError, match=r"no sample of classes \[2\]"):
+        start(two)
+    assert type(model.fc) is nn.Linear
+    with pytest.warns(UserWarning, match="class_counts is 0"):  # a class that is not trained need not be there
+        start(two, class_counts=[5, 5, 0])
+    high = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y + 1))
+    with pytest.raises(ValueError, match="the meta set has the label 3"):
+        start(high)
+    for batch, message in ((torch.ones(3), "must be"), ({"x": x}, "no 'labels'"), ((x, y.float()), "class indices")):
+        iada, optimizer = make(MLP(), batch, counts=[1, 1, 1])
+        with pytest.raises(ValueError, match=message):
+            fit(iada.model, iada, optimizer, [vectors()] * 2)
+    iada, optimizer = make(MLP(), None, counts=[1, 1, 1])
+    iada.meta_batches.loader = iter([])
+    with pytest.raises(ValueError, match="yields nothing"):
+        fit(iada.model, iada, optimizer, [vectors()] * 2)
+
+
+def test_a_run_without_a_meta_step_is_refused():
+    for options in ({"warmup": 3, "epochs": 3}, {"warmup": 10, "epochs": 2}):
+        with pytest.raises(ValueError, match="leaves no meta step"):
+            make(MLP(), vectors(), **options)
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="steps_per_epoch=0"):
+        MetaIADA(model, optimizer, meta_loader=[vectors()], steps_per_epoch=0)
+    with pytest.warns(UserWarning, match="warm-up is one epoch"):
+        iada = MetaIADA(model, optimizer, meta_loader=[vectors()], steps_per_epoch=7)
+    assert iada.warmup_steps == 7
+    iada, _ = make(MLP(), vectors(), warmup=0.5, steps=10, epochs=2)
+    assert (iada.warmup_steps, iada.statistics_start) == (5, 0)
+    with pytest.raises(ValueError, match="pass class_counts"):
+        make(MLP(), vectors(), warmup=0)
+    with pytest.raises(ValueError, match="no class statistics"):
+        make(MLP(), vectors(), warmup=0, counts=[1, 1, 1])
+
+
+def test_logits_that_are_not_the_classifiers():
+    model, iada = criterion()
+    x, y = vectors()
+    with pytest.raises(RuntimeError, match="not what the classifier last returned"):
+        iada(model(x) * 2, y)
+    with pytest.raises(RuntimeError, match="no training pass was seen"):
+        iada(torch.randn(16, 3), y)
+
+
+def test_token_wise_heads_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 3))
+    iada, _ = make(model, (torch.zeros(3, 2, dtype=torch.long), torch.arange(3)))
+    with pytest.raises(ValueError, match=r"\[2, 6, 4\].*pool"):
+        iada(model(torch.zeros(2, 6, dtype=torch.long)), torch.zeros(2, dtype=torch.long))
+
+
+def test_wrappers():
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        make(nn.DataParallel(MLP()), vectors())
+    model = MLP()
+    with pytest.raises(TypeError, match="optimizer must be"):
+        MetaIADA(model, "sgd", meta_loader=[vectors()], steps_per_epoch=1)
+
+
+@pytest.mark.parametrize("field,value", [
+    ("alpha", -1), ("beta", float("nan")), ("warmup_ratio", 1.0), ("warmup_epochs", -1), ("meta_every", 0),
+    ("meta_batch_size", 0), ("meta_lr", -1), ("covariance_lr", 1.0), ("hypergradient", "exact"), ("schedule", "lazy"),
+    ("covariance", "low"), ("virtual_lr", 0), ("epsilon_range", (1, -1)), ("perturbation_scale", "x"),
+    ("covariance_step", "adam"), ("statistics_epochs", 0),
+])  # fmt: skip
+def test_settings_are_checked(field, value):
+    with pytest.raises(ValueError, match=field):
+        IADAConfig(**{field: value})
+
+
+def test_every_setting_is_described():
+    for name, field in IADAConfig.__dataclass_fields__.items():
+        assert len(field.metadata["help"]) > 20, name
+
+
+def test_epsilon_range_and_scale_of_delta():
+    model, iada = criterion(warm=True, epsilon_range=(-1, 0), perturbation_scale="feature_std")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        iada(model(vectors()[0]), vectors()[1])
+    assert iada.pop_metrics()["iada/epsilon_mean"] == pytest.approx(-0.5, abs=0.05)
+    scale = iada.meta._delta_scale()
+    torch.testing.assert_close(scale, iada.head.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt())
