@@ -152,6 +152,11 @@ class MetaIADA:
         """
         if not (torch.is_grad_enabled() and self.model.training):
             return F.cross_entropy(output, target)
+        # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
+        with torch.autocast(output.device.type, enabled=False):
+            return self._training_loss(output, target, denominator)
+
+    def _training_loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None) -> Tensor:
         forward = self.capture.take(output)
         if is_soft(target, output):
             return self._soft_target_loss(output, target)
@@ -169,7 +174,7 @@ class MetaIADA:
 
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self.in_warmup:
-            return F.cross_entropy(output, target)
+            return F.cross_entropy(output.float(), target.float())
         raise ValueError(
             f"soft targets {list(target.shape)} after the warm-up: IADA needs class indices. Switch mixup and cutmix off"
             f" by then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0); the warm-up ends at step {self.warmup_steps}."

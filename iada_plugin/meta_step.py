@@ -59,10 +59,9 @@ class MetaStep:
 
     def logits(self, features: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
         """IADA logits ``[N, C]`` with the configured terms."""
-        with torch.autocast(features.device.type, enabled=False):
-            if self.config.perturbation_scale == "feature_std":
-                epsilon = epsilon * self._delta_scale()[labels]
-            return self.head.iada_logits(features, labels, epsilon, self.config.alpha, self.config.beta)
+        if self.config.perturbation_scale == "feature_std":
+            epsilon = epsilon * self._delta_scale()[labels]
+        return self.head.iada_logits(features, labels, epsilon, self.config.alpha, self.config.beta)
 
     def _delta_scale(self) -> Tensor:
         """Size of delta at epsilon = 1 for each class, ``[C]``."""
@@ -135,8 +134,7 @@ class MetaStep:
         torch.clear_autocast_cache()
         check_labels(labels, features.shape[0], self.head.out_features, always=not self._checked)
         self._checked = True
-        with torch.autocast(labels.device.type, enabled=False):
-            loss = F.cross_entropy(self.head.iada_logits(features, labels, alpha=0, beta=0), labels)
+        loss = F.cross_entropy(self.head.iada_logits(features, labels, alpha=0, beta=0), labels)
         v = _gradient(loss, parameters, like)
         loss = loss.detach().clone()
         weighted_average_([*v, loss], labels.numel())

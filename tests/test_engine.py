@@ -266,6 +266,14 @@ def test_bf16_autocast_stays_close_to_float32():
     assert abs(results[0][0] - results[1][0]) < 2e-2
     a, b = (r[1]["perturbation.output.weight"].flatten() for r in results)
     assert F.cosine_similarity(a, b, dim=0) > 0.9
+    assert all(v.dtype in (torch.float32, torch.int64) for v in results[1][1].values())
+    # Neither epsilon nor the logits are rounded to bf16.
+    seen = []
+    original = iada.meta.logits
+    iada.meta.logits = lambda *arguments: seen.append(arguments[2]) or original(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        iada(model(x), y)
+    assert seen[-1].dtype == torch.float32 and not torch.equal(seen[-1], seen[-1].bfloat16().float())
 
 
 def test_autocast_cannot_hide_a_displacement():
