@@ -1,8 +1,8 @@
 """IADA logits as pure functions of tensors.
 
-Notation of Zhou et al., "Implicit Adversarial Data Augmentation" (IJCAI 2024): N samples, C classes, H features of the
-last layer ``W h + b``, p = softmax(W h + b), e_y one-hot, Sigma_y the covariance of class y. Every covariance argument
-is ``[C, H, H]`` (full) or ``[C, H]`` (its diagonal).
+Notation of Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentation" (IJCAI 2024): N samples,
+C classes, H features of the last layer ``W h + b``, p = softmax(W h + b), e_y one-hot, Sigma_y the covariance of class y.
+Every covariance argument is ``[C, H, H]`` (full) or ``[C, H]`` (its diagonal).
 """
 
 from __future__ import annotations

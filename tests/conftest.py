@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # models are tiny; a busy second core would stall two
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,0 +1,190 @@
+"""timm models, timm's task and its EMA."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from iada_plugin import IADAConfig, IADAHead, MetaIADA
+
+try:
+    from iada_plugin import MetaIADATask
+except ImportError:
+    MetaIADATask = None
+
+needs_task = pytest.mark.skipif(MetaIADATask is None, reason="this timm has no timm.task")
+
+
+def resnet():
+    return timm.create_model("resnet10t", num_classes=4)
+
+
+def batch(n=8, seed=0):
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed)), torch.arange(n) % 4
+
+
+def test_every_family_works_or_says_why_not():
+    """One model of every family of timm on the meta device; the documented table is made by the same code."""
+    path = Path(__file__).parents[1] / "docs" / "timm_families.py"
+    spec = importlib.util.spec_from_file_location("timm_families", path)
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    rows = families.table()
+    assert len(rows) == len(timm.list_modules()) > 50
+    for family, model, classifier, outcome in rows:
+        assert outcome == "works" or outcome.startswith("refused: "), (family, model, classifier, outcome)
+        if outcome != "works":
+            assert any(
+                way in outcome
+                for way in ("Choose a variant", "replace the 1x1 convolution", "num_classes", "must pool")
+            )
+    assert sum(outcome == "works" for *_, outcome in rows) > 0.8 * len(rows)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnext50_32x4d", "vit_tiny_patch16_224", "mobilenetv3_small_050"])
+def test_whole_steps_on_real_models(name):
+    size = {"img_size": 32} if name.startswith("vit") else {}
+    model = timm.create_model(name, num_classes=4, drop_rate=0.1, **size).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    iada = MetaIADA(model, optimizer, meta_loader=[batch(seed=1)], class_counts=[5, 3, 2, 1], steps_per_epoch=1, epochs=3,
+                    config=IADAConfig(warmup_epochs=1))  # fmt: skip
+    assert model.get_classifier() is iada.head
+    keys = list(model.state_dict())
+    for seed in range(3):
+        optimizer.zero_grad()
+        x, y = batch(seed=seed)
+        iada(model(x), y).backward()
+        optimizer.step()
+    assert iada.meta.skipped == 0 and iada.pop_metrics()["iada/epsilon_std"] >= 0
+    assert list(model.state_dict()) == keys
+    iada.close()
+    assert type(model.get_classifier()) is not IADAHead
+
+
+def test_models_that_cannot_be_used():
+    for name, message in (("deit_tiny_distilled_patch16_224", "several classifiers"), ("dla34", "1x1 convolution")):
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=4)
+        with pytest.raises((TypeError, ValueError), match=message):
+            MetaIADA(model, torch.optim.SGD(model.parameters(), lr=0.1), meta_loader=[batch()], steps_per_epoch=1)
+    model = timm.create_model("resnet10t", num_classes=0)
+    with pytest.raises(ValueError, match="num_classes >= 2"):
+        MetaIADA(model, torch.optim.SGD(model.parameters(), lr=0.1), meta_loader=[batch()], steps_per_epoch=1)
+
+
+def options(**extra):
+    return {"meta_loader": [batch(seed=9)], "steps_per_epoch": 1, "epochs": 6, "class_counts": [5, 3, 2, 1],
+            "config": IADAConfig(warmup_epochs=2), "verbose": False, **extra}  # fmt: skip
+
+
+def train(task, optimizer, seeds, ema=False):
+    task.train()
+    for seed in seeds:
+        optimizer.zero_grad()
+        result = task(*batch(seed=seed))
+        result["loss"].backward()
+        optimizer.step()
+        if ema:
+            task.update_ema()
+    return result
+
+
+@needs_task
+def test_task_trains_with_ema_and_resumes():
+    torch.manual_seed(0)
+    model = resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    task = MetaIADATask(model, optimizer=optimizer, **options())
+    task.setup_ema(decay=0.5)
+    result = train(task, optimizer, range(3), ema=True)
+    assert result["output"].shape == (8, 4) and task.engine.step == 3
+    checkpoint = {**task.get_checkpoint_state(), "optimizer": optimizer.state_dict()}
+    assert all(isinstance(v, torch.Tensor) for v in checkpoint["task_state"]["iada"].values())
+    assert set(checkpoint["state_dict"]) == set(resnet().state_dict())
+    assert "task_state_ema" not in task.get_checkpoint_state(ema=True)
+    kept = {k: v for k, v in checkpoint.items()}
+    torch.save(kept, buffer := __import__("io").BytesIO())
+    train(task, optimizer, range(3, 6))
+
+    buffer.seek(0)
+    kept = torch.load(buffer, weights_only=True)
+    torch.manual_seed(9)
+    again = resnet()
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.01, momentum=0.9)
+    resumed = MetaIADATask(again, **options())
+    resumed.load_checkpoint_state(kept["state_dict"], kept["task_state"])
+    optimizer.load_state_dict(kept["optimizer"])
+    resumed.set_optimizer(optimizer)  # made after the task, as train.py may do
+    train(resumed, optimizer, range(3, 6))
+    for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="no Meta-IADA state"):
+        resumed.load_task_state(None)
+    resumed.load_task_state(None, strict=False)
+
+
+@needs_task
+def test_task_warm_up_is_the_plain_task():
+    from timm.task import ClassificationTask
+
+    models = [resnet(), resnet()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in models]
+    plain = ClassificationTask(models[0], verbose=False)
+    ours = MetaIADATask(models[1], optimizer=optimizers[1], **options())
+    for task, optimizer in zip((plain, ours), optimizers, strict=True):
+        train(task, optimizer, range(2))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    ours.eval()
+    x, y = batch()
+    with torch.no_grad():
+        result = ours(x, y)
+    torch.testing.assert_close(result["loss"], F.cross_entropy(result["output"], y))
+
+
+@needs_task
+@pytest.mark.parametrize("arguments,message", [
+    ({"criterion_kwargs": {"smoothing": 0.1}}, "--smoothing 0"),
+    ({"criterion_kwargs": {"loss_type": "bce"}}, "--bce-loss"),
+    ({"criterion_kwargs": {"soft_targets": True}}, "--mixup 0"),
+    ({"criterion": nn.BCEWithLogitsLoss()}, "--bce-loss"),
+    ({"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)}, "--smoothing 0"),
+])  # fmt: skip
+def test_task_refuses_other_losses_by_the_flags_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        MetaIADATask(resnet(), **arguments, **options())
+
+
+@needs_task
+def test_task_without_an_optimizer():
+    task = MetaIADATask(resnet(), criterion=nn.CrossEntropyLoss(), **options())
+    with pytest.raises(RuntimeError, match="set_optimizer"):
+        task(*batch())
+
+
+def test_an_old_timm_is_named():
+    if MetaIADATask is not None:
+        pytest.skip("this timm has timm.task")
+    with pytest.raises(ImportError, match=r"timm >= 1.0.23"):
+        import iada_plugin.timm_task  # noqa: F401
+
+
+def test_nothing_imports_what_a_user_does_not_have():
+    import subprocess
+    import sys
+
+    code = "import sys, iada_plugin; iada_plugin.MetaIADA, iada_plugin.IADAHead; print('transformers' in sys.modules, 'timm' in sys.modules)"
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert out.stdout.split() == ["False", "False"]
+    with warnings.catch_warnings(), pytest.raises(AttributeError, match="nonsense"):
+        import iada_plugin
+
+        iada_plugin.nonsense  # noqa: B018
