@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import platform
+from collections import Counter
 from pathlib import Path
 
 import matplotlib
@@ -29,7 +30,6 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from tokenizers.processors import BertProcessing
-from tokenizers.trainers import WordPieceTrainer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -107,13 +107,15 @@ def load(args: argparse.Namespace) -> tuple[dict[str, Comments], Comments]:
 def load_tokenizer(args: argparse.Namespace, texts: list[str]):
     if args.model != "small":
         return AutoTokenizer.from_pretrained(args.model)
-    tokenizer = Tokenizer(WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    # Words and characters by frequency: unlike the library's WordPiece trainer, the same vocabulary in every run.
+    normalizer, splitter = BertNormalizer(), BertPreTokenizer()
+    words = Counter(w for t in texts for w, _ in splitter.pre_tokenize_str(normalizer.normalize_str(t)))
+    letters = sorted({letter for word in words for letter in word})
+    frequent = [word for word, n in sorted(words.items(), key=lambda item: (-item[1], item[0])) if n > 1]
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-    trainer = WordPieceTrainer(
-        vocab_size=8000, min_frequency=2, special_tokens=list(special.values()), show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    vocabulary = dict.fromkeys([*special.values(), *letters, *(f"##{letter}" for letter in letters), *frequent])
+    tokenizer = Tokenizer(WordPiece({w: i for i, w in enumerate([*vocabulary][:8000])}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=args.max_length, **special)
 
