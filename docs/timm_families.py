@@ -40,7 +40,6 @@ def try_family(module: str) -> tuple[str, str, str]:
     except (TypeError, ValueError) as error:
         return name, "-", f"refused: {error}"
     capture = Capture(model, convert_to_iada(linear))
-    capture.device = torch.device("cpu")  # random state of the meta device does not exist
     size = model.pretrained_cfg.get("input_size", (3, 224, 224))
     try:
         output = model(torch.empty(2, *size, device="meta"))

@@ -138,7 +138,8 @@ class MetaIADACallback(TrainerCallback):
             classifier=self.classifier,
             characteristics=self.characteristics,
         )
-        self.engine.capture.compiled |= bool(args.torch_compile)
+        if args.torch_compile:
+            self.engine.capture.mark_compiled()
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         self._intercepted = False
         if state.global_step > 0:

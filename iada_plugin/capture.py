@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from .head import IADAHead
+from .hypergradient import tf32_enabled
 
 #: Keyword arguments of a model that the loss uses, not the features.
 LABEL_KEYS = ("labels", "label", "label_ids", "num_items_in_batch")
@@ -66,7 +67,9 @@ class Capture:
 
     def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False) -> None:
         self.model, self.head = model, head
-        self.compiled = compiled
+        self.compiled = False
+        if compiled:
+            self.mark_compiled()
         self.device = head.weight.device
         self._current: Forward | None = None
         self._probe: Forward | None = None
@@ -78,6 +81,14 @@ class Capture:
             model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True),
             head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
         ]
+
+    def mark_compiled(self) -> None:
+        """The model runs compiled: its features cannot be the base of a difference, whose passes run eagerly."""
+        self.compiled = True
+        # The virtual step keeps the graph for a second backward pass, which compiled code forbids by default.
+        import torch._functorch.config
+
+        torch._functorch.config.donated_buffer = False
 
     @property
     def busy(self) -> bool:
@@ -97,8 +108,7 @@ class Capture:
         kind = output.device.type
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         record.autocast_dtype = torch.get_autocast_dtype(kind) if autocast else None
-        tf32 = kind == "cuda" and (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
-        record.exact = record.autocast_dtype is None and not tf32 and not self.compiled
+        record.exact = record.autocast_dtype is None and not self.compiled and not (kind == "cuda" and tf32_enabled())
 
     def take(self, output: Tensor) -> Forward:
         """The pass that gave the logits ``output``; it can be taken once.
@@ -197,25 +207,30 @@ class Capture:
 def rng_state(device: torch.device) -> list[Tensor]:
     """Random state of the CPU and of ``device``."""
     states = [torch.get_rng_state()]
-    if device.type not in ("cpu", "meta"):
-        states.append(getattr(torch, device.type).get_rng_state(device))
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type not in ("cpu", "meta"):
+        states.append(getattr(torch, device.type).get_rng_state())
     return states
 
 
 def set_rng_state(device: torch.device, states: list[Tensor]) -> None:
     """Restore :func:`rng_state`."""
     torch.set_rng_state(states[0])
-    if len(states) > 1:
-        getattr(torch, device.type).set_rng_state(states[1], device)
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+    elif len(states) > 1:
+        getattr(torch, device.type).set_rng_state(states[1])
 
 
 def seed_rng(device: torch.device, seed: int) -> None:
     """Seed the CPU and ``device``, and no other device."""
     torch.default_generator.manual_seed(seed)
-    if device.type not in ("cpu", "meta"):
-        module = getattr(torch, device.type)
-        with module.device(device):
-            module.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    elif device.type not in ("cpu", "meta"):
+        getattr(torch, device.type).manual_seed(seed)
 
 
 @contextmanager

@@ -114,7 +114,6 @@ class MetaIADA:
         except Exception:
             self._restore_head()
             raise
-        # The difference passes run eagerly: features of compiled code, equal to rounding only, cannot be their base.
         self.capture = Capture(self.model, self.head, compiled)
         self.meta = MetaStep(
             self.capture, self.optimizer, parameters, self.meta_batches, len(self.statistics.characteristics), config

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -40,18 +41,36 @@ def displaced(parameters: Sequence[Tensor], displacement: Sequence[Tensor]) -> I
         torch._foreach_copy_(data, saved)
 
 
+def _tf32_switches() -> list[tuple[Any, str, Any]]:
+    """Where TF32 is switched, and the value that means off."""
+    backends: Any = torch.backends
+    switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
+    try:
+        for place, name, _ in switches:
+            getattr(place, name)
+        return switches
+    except RuntimeError:  # set through torch's newer switches, of which the old ones cannot tell
+        return [(place, "fp32_precision", "ieee") for place in (backends.cuda.matmul, backends.cudnn.conv)]
+
+
+def tf32_enabled() -> bool:
+    """Whether CUDA may round float32 products to TF32."""
+    return any(getattr(place, name) != off for place, name, off in _tf32_switches())
+
+
 @contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
     """No autocast and no TF32: differences of features are noise under either."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    switches = _tf32_switches() if device_type == "cuda" else []
+    saved = [getattr(place, name) for place, name, _ in switches]
     try:
-        if device_type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        for place, name, off in switches:
+            setattr(place, name, off)
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        if device_type == "cuda":
-            torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
+        for (place, name, _), value in zip(switches, saved, strict=True):
+            setattr(place, name, value)
 
 
 def finite_difference_tangent(

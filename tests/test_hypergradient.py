@@ -184,3 +184,26 @@ def test_differences_are_taken_outside_autocast():
     """Under bf16 autocast only the gradients that choose the direction are rounded, never the difference."""
     for found, expected in zip(*run("distilbert", torch.float32, "finite_difference", autocast=True), strict=True):
         assert cosine(found, expected) > 0.99
+
+
+@pytest.mark.parametrize("new_switch", [False, True])
+def test_tf32_is_off_inside_the_difference_only(new_switch):
+    """The switches exist without a GPU too."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if new_switch and not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this torch has the old switches only")
+    name = "fp32_precision" if new_switch else "allow_tf32"
+    places = (matmul, cudnn.conv) if new_switch else (matmul, cudnn)
+    on, off = ("tf32", "ieee") if new_switch else (True, False)
+    before = [getattr(place, name) for place in places]
+    try:
+        for place in places:
+            setattr(place, name, on)
+        assert hg.tf32_enabled()
+        with pytest.raises(KeyError), hg.full_precision("cuda"):
+            assert [getattr(place, name) for place in places] == [off, off] and not hg.tf32_enabled()
+            raise KeyError
+        assert [getattr(place, name) for place in places] == [on, on]
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
