@@ -86,9 +86,10 @@ class Capture:
         """The model runs compiled: its features cannot be the base of a difference, whose passes run eagerly."""
         self.compiled = True
         # The virtual step keeps the graph for a second backward pass, which compiled code forbids by default.
-        import torch._functorch.config
+        import torch._functorch.config as functorch_config
 
-        torch._functorch.config.donated_buffer = False
+        if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
+            functorch_config.donated_buffer = False
 
     @property
     def busy(self) -> bool:
