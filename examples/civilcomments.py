@@ -217,10 +217,12 @@ def plot(found: dict, path: Path, title: str) -> None:
         heights = [100 * (g["accuracy"] or 0) for g in result["groups"].values()]
         bars = ax.bar(places + k * width, heights, width, label=NAMES[method], color=["#8c8c8c", "#1f77b4"][k])
         ax.axhline(100 * result["worst_group"], color=bars[0].get_facecolor(), linestyle=":", linewidth=1)
-    ax.set_xticks(places + 0.4 - width / 2, [f"{g}\n(n={first[g]['size']})" for g in GROUPS], rotation=55, ha="right")
+    ax.set_xticks(
+        places + 0.4 - width / 2, [f"{g}\n(n={first[g]['size']})" for g in GROUPS], rotation=55, ha="right", fontsize=8
+    )
     ax.set_ylabel("test accuracy in %")
-    ax.set_title(f"Accuracy by group, {title} (dotted: worst group that counts)")
-    ax.legend(loc="lower right")
+    ax.set_title(f"Accuracy by group, {title} (dotted: worst group that counts)", loc="left")
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

@@ -195,8 +195,7 @@ class MetaIADACallback(TrainerCallback):
         labels = kwargs.get("labels")
         if labels is None:
             raise ValueError(_LOSS_OUTSIDE)
-        if not labels.is_floating_point() and labels.dtype != torch.bool:
-            labels = labels.long().view(-1) if labels.dim() == 2 and labels.shape[1] == 1 else labels.long()
+        labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         loss = engine(outputs["logits"] if is_mapping else outputs[1], labels, kwargs.get("num_items_in_batch"))
         self._intercepted = True

@@ -258,10 +258,10 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     if isinstance(batch, Mapping):
         for key in LABEL_KEYS[:3]:
             if key in batch:
-                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, batch[key]
+                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, torch.as_tensor(batch[key])
         raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}.")
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, labels = batch
+        inputs, labels = batch[0], torch.as_tensor(batch[1])
         return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)
     raise ValueError(
         f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."

@@ -119,6 +119,10 @@ class MetaIADA:
             self.capture, self.optimizer, parameters, self.meta_batches, len(self.statistics.characteristics), config
         )
         self._step_hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+        # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
+        own = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
+        self._ddp_ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", None)
+        self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *own]  # type: ignore[assignment]
         size = self.head.covariance.numel() * self.head.covariance.element_size() / 2**20
         logger.info(
             "Meta-IADA on %s of %s: cross-entropy for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
@@ -149,8 +153,15 @@ class MetaIADA:
             ValueError: labels that are no class indices, or soft targets after the warm-up.
             RuntimeError: ``output`` does not come from this model's classifier.
         """
+        if not isinstance(output, Tensor):
+            raise TypeError(f"output is a {type(output).__name__}: pass the logits, for example model(...).logits.")
         if not (torch.is_grad_enabled() and self.model.training):
             return F.cross_entropy(output, target)
+        if output.device != self.capture.device:
+            raise RuntimeError(
+                f"the model is on {output.device}, but MetaIADA was made while it was on {self.capture.device}: move the"
+                " model first, then make MetaIADA."
+            )
         # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
         with torch.autocast(output.device.type, enabled=False):
             return self._training_loss(output, target, denominator)
@@ -160,6 +171,7 @@ class MetaIADA:
         if is_soft(target, output):
             return self._soft_target_loss(output, target)
         check_labels(target, output.shape[0], output.shape[1], always=self.step == 0)
+        target = target.long()
         if self.in_warmup:
             self.statistics.observe(forward, target, characteristics=self.step >= self.statistics_start)
             return _mean_loss(output.to(forward.dtype), target, denominator)
@@ -211,6 +223,10 @@ class MetaIADA:
         self.capture.remove()
         self._step_hook.remove()
         self._restore_head()
+        if self._ddp_ignored is not None:
+            self.model._ddp_params_and_buffers_to_ignore = self._ddp_ignored  # type: ignore[assignment]
+        else:
+            vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
 
     def _restore_head(self) -> None:
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:

@@ -133,7 +133,7 @@ class MetaStep:
             features = self.capture.features_of(args, kwargs)
         torch.clear_autocast_cache()
         check_labels(labels, features.shape[0], self.head.out_features, always=not self._checked)
-        self._checked = True
+        self._checked, labels = True, labels.long()
         loss = F.cross_entropy(self.head.iada_logits(features, labels, alpha=0, beta=0), labels)
         v = _gradient(loss, parameters, like)
         loss = loss.detach().clone()

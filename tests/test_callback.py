@@ -335,7 +335,7 @@ def test_resume_is_bit_identical(tmp_path):
 KILLED = """
     import os, signal, sys
     sys.path[:0] = [{tests!r}, {root!r}]
-    import test_callback as here
+    import conftest, test_callback as here  # the same number of threads
     from iada_plugin import callback as module
 
     real = module.os.replace

@@ -533,6 +533,32 @@ def test_token_wise_heads_are_refused():
         iada(model(torch.zeros(2, 6, dtype=torch.long)), torch.zeros(2, dtype=torch.long))
 
 
+def test_labels_of_any_integer_type_and_lists():
+    model = MLP()
+    x, y = vectors()
+    iada, optimizer = make(model, ({"x": x}, y.tolist()), counts=[1, 1, 1])
+    losses = fit(model, iada, optimizer, [(x, y.int()), (x, y.to(torch.uint8)), (x, y)])
+    assert losses[-1].isfinite() and iada.meta_batches.drawn == 2
+
+
+def test_more_that_is_said_clearly():
+    model, iada = criterion()
+    with pytest.raises(TypeError, match=r"pass the logits"):
+        iada((model(vectors()[0]),), vectors()[1])
+    iada.capture.device = torch.device("meta")  # as if the model had been moved since
+    with pytest.raises(RuntimeError, match="move the model first"):
+        iada(model(vectors()[0]), vectors()[1])
+
+
+def test_ddp_is_told_to_leave_the_statistics_alone():
+    model = MLP()
+    iada, _ = make(model, vectors(seed=1))
+    names = {"fc.class_count", "fc.class_mean", "fc.covariance", "fc.log_prior"}
+    assert set(model._ddp_params_and_buffers_to_ignore) == names
+    iada.close()
+    assert not hasattr(model, "_ddp_params_and_buffers_to_ignore")
+
+
 def test_wrappers():
     with pytest.raises(ValueError, match="DistributedDataParallel"):
         make(nn.DataParallel(MLP()), vectors())
