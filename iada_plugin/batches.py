@@ -86,9 +86,20 @@ class MetaBatches:
             raise ValueError("meta_loader is empty: IADA needs clean, balanced batches to learn its perturbations on.")
         self.loader, self.device, self.drawn = loader, device, 0
         self._iterator: Iterator[Any] | None = None
+        self._first: Any = None
 
     def __iter__(self) -> MetaBatches:
         return self
+
+    def peek(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
+        """The first batch, which ``next`` gives again."""
+        self.open()
+        one_shot = self._iterator is self.loader
+        first = next(self)
+        self.drawn = 0
+        self._iterator = self.loader if one_shot else None  # type: ignore[assignment]
+        self._first = first if one_shot else None
+        return first
 
     def open(self) -> None:
         """Make the loader's iterator, if there is none; a `DataLoader` draws a random number for it."""
@@ -96,6 +107,10 @@ class MetaBatches:
             self._iterator = iter(self.loader)
 
     def __next__(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
+        if self._first is not None:
+            first, self._first = self._first, None
+            self.drawn += 1
+            return first
         for _ in range(2):
             self.open()
             try:
@@ -114,7 +129,7 @@ class MetaBatches:
     def skip_to(self, drawn: int) -> None:
         """Go on as after ``drawn`` batches: exact with :func:`meta_dataloader`, else from the loader's start."""
         self.drawn = drawn
-        self._iterator = None
+        self._iterator = self._first = None
         sampler = getattr(self.loader, "batch_sampler", None)
         if isinstance(sampler, EndlessBatches):
             sampler.position = drawn

@@ -130,7 +130,7 @@ class MetaIADACallback(TrainerCallback):
         self.engine = MetaIADA(
             model,
             kwargs["optimizer"],
-            meta_loader=self._meta_loader(args, loader),
+            meta_loader=self._meta_loader(args, state, loader),
             class_counts=self.class_counts if self.class_counts is not None else _class_counts(loader, model),
             steps_per_epoch=steps_per_epoch,
             epochs=state.max_steps / steps_per_epoch,
@@ -142,6 +142,9 @@ class MetaIADACallback(TrainerCallback):
             self.engine.capture.mark_compiled()
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         self._intercepted = False
+        if state.global_step == 0 and args.should_save:
+            for stale in Path(args.output_dir).glob(".iada_state-*"):  # of an earlier run that was killed
+                stale.unlink()
         if state.global_step > 0:
             try:
                 self._resume(args, state)
@@ -152,7 +155,17 @@ class MetaIADACallback(TrainerCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
         if self.resume_from == "fresh":
-            self.engine.step = state.global_step
+            engine = self.engine
+            engine.step = state.global_step
+            # Statistics have to be collected first: the warm-up ends no earlier than that.
+            span = engine.warmup_steps - engine.statistics_start
+            engine.statistics_start = max(engine.statistics_start, state.global_step)
+            engine.warmup_steps = max(engine.warmup_steps, engine.statistics_start + span)
+            if engine.warmup_steps >= state.max_steps:
+                raise ValueError(
+                    f"resume_from='fresh' at step {state.global_step} of {state.max_steps}: collecting class statistics takes"
+                    f" {span} steps, after which no meta step is left. Train longer, or lower statistics_epochs."
+                )
             return
         folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
         try:
@@ -164,7 +177,7 @@ class MetaIADACallback(TrainerCallback):
                 " MetaIADACallback(resume_from=...), or start the method anew with resume_from='fresh'."
             ) from error
 
-    def _meta_loader(self, args: TrainingArguments, train_loader: Any) -> Any:
+    def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
         """Meta samples get the column filter and the collator of the training samples."""
         dataset = self.meta_dataset
         wanted = getattr(getattr(train_loader, "dataset", None), "column_names", None)
@@ -177,7 +190,8 @@ class MetaIADACallback(TrainerCallback):
                     " (tokenizer, renamed label column)."
                 )
             dataset = dataset.remove_columns([c for c in own if c not in wanted])
-        size = self.config.meta_batch_size or args.train_batch_size * world_size()
+        # auto_find_batch_size lowers the state's batch size, not the argument's.
+        size = self.config.meta_batch_size or (state.train_batch_size or args.train_batch_size) * world_size()
         return meta_dataloader(
             dataset,
             size,
@@ -195,21 +209,32 @@ class MetaIADACallback(TrainerCallback):
         labels = kwargs.get("labels")
         if labels is None:
             raise ValueError(_LOSS_OUTSIDE)
+        kind = getattr(getattr(module, "config", None), "problem_type", None)
+        if labels.is_floating_point() or kind in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {list(labels.shape)} (problem_type={kind!r}): IADA needs one class index"
+                " per sample. Regression and multi-label problems are not supported."
+            )
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         loss = engine(outputs["logits"] if is_mapping else outputs[1], labels, kwargs.get("num_items_in_batch"))
-        self._intercepted = True
+        if loss.requires_grad:
+            loss.register_hook(self._note_backward)
         if is_mapping:
             outputs["loss"] = loss
             return outputs
         return (loss, *outputs[1:])
 
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._intercepted = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stage the state where a checkpoint is due; check that the loss really was replaced."""
         if not self._intercepted:
             raise RuntimeError(
-                "no training loss passed through MetaIADACallback in the first step: the Trainer trains another module"
-                " than the one it gave its callbacks. Use MetaIADA as the criterion of your own loop instead."
+                "the loss of MetaIADACallback was not the one that was trained in the first step: the Trainer's compute_loss"
+                " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"
+                " return outputs.loss, or use MetaIADA as the criterion there."
             )
         self._stage(args, state, control)
 
@@ -271,8 +296,8 @@ class MetaIADACallback(TrainerCallback):
 
 
 _LOSS_OUTSIDE = (
-    "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor or compute_loss_func moves"
-    " the loss out of it. Set label_smoothing_factor=0 and drop compute_loss_func (IADA is the loss)."
+    "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor, compute_loss_func or a"
+    " compute_loss of your own moves the loss out of it. Set label_smoothing_factor=0, drop the others: IADA is the loss."
 )
 
 

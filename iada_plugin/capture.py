@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
@@ -25,7 +28,7 @@ class Forward:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    rng: list[Tensor] = field(default_factory=list)  # random state before the pass
+    rng: list[Any] = field(default_factory=list)  # random state before the pass
     features: Tensor | None = None  # [N, H], with its graph
     logits: Tensor | None = None  # [N, C] output of the classifier
     autocast_dtype: torch.dtype | None = None  # None: no autocast
@@ -67,13 +70,15 @@ class Capture:
 
     def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False) -> None:
         self.model, self.head = model, head
-        self.compiled = False
-        if compiled:
-            self.mark_compiled()
+        self.compiled = compiled
+        # The virtual step keeps the graph for a second backward pass, which code compiled later would forbid by default.
+        if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
+            functorch_config.donated_buffer = False
         self.device = head.weight.device
         self._current: Forward | None = None
         self._probe: Forward | None = None
         self._verified = False
+        self._restore_buffers: Callable[[], None] = lambda: None
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
@@ -85,11 +90,6 @@ class Capture:
     def mark_compiled(self) -> None:
         """The model runs compiled: its features cannot be the base of a difference, whose passes run eagerly."""
         self.compiled = True
-        # The virtual step keeps the graph for a second backward pass, which compiled code forbids by default.
-        import torch._functorch.config as functorch_config
-
-        if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
-            functorch_config.donated_buffer = False
 
     @property
     def busy(self) -> bool:
@@ -101,7 +101,8 @@ class Capture:
             self._current = Forward(args, kwargs, rng=rng_state(self.device))
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        record = self._probe or self._current
+        # A pass without gradients, or of the eval mode, between model(x) and the criterion is none of ours.
+        record = self._probe or (self._current if torch.is_grad_enabled() and self.model.training else None)
         if record is None:
             return
         record.features = args[0] if args else kwargs["input"]
@@ -129,22 +130,25 @@ class Capture:
                 f"{type(self.model).__name__}: the classifier sees features of shape {list(forward.features.shape)}; IADA"
                 " needs one vector per sample, [N, H]. A token-wise head must pool before its last layer."
             )
-        self._verify(forward.logits, output)
+        self._verify(forward.features, forward.logits, output)
         return forward
 
-    def _verify(self, logits: Tensor, output: Tensor) -> None:
-        if output is logits or output.data_ptr() == logits.data_ptr():
-            return
+    def _verify(self, features: Tensor, logits: Tensor, output: Tensor) -> None:
+        """``output`` is what the classifier made of ``features``; the values are compared in the first pass, and always
+        on a CPU, where that costs no wait."""
         same = output.shape == logits.shape
-        if same and (not self._verified or output.device.type == "cpu"):
-            a, b = output.detach().float(), logits.detach().float()
-            same = torch.allclose(a, b, rtol=1e-2, atol=1e-3, equal_nan=True)
+        if same and output.device.type != "meta" and (not self._verified or output.device.type == "cpu"):
+            with torch.no_grad():
+                expected = self.head.iada_logits(features, None, alpha=0, beta=0).float()
+            # Half precision is off by up to a hundredth; NaN is the loss's business.
+            error = (output.detach().float() - expected).norm() / expected.norm().clamp_min(1e-6)
+            same = not bool(error > 0.05)
             self._verified = True
         if not same:
             raise RuntimeError(
-                f"{type(self.model).__name__}: the logits {list(output.shape)} are not what the classifier last returned"
-                f" {list(logits.shape)}. Name the layer that gives the logits with classifier='...', and pass the"
-                " model's output on unchanged."
+                f"{type(self.model).__name__}: the logits {list(output.shape)} are not what the classifier"
+                f" {list(logits.shape)} returned in the last pass. Name the layer that gives the logits with"
+                " classifier='...', pass the model's output on unchanged, and call the criterion once after each pass."
             )
 
     def features_of(
@@ -152,7 +156,7 @@ class Capture:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         *,
-        rng: list[Tensor] | None = None,
+        rng: list[Any] | None = None,
         replaced: dict[str, Tensor] | None = None,
         cast: torch.dtype | None = None,
     ) -> Tensor:
@@ -166,6 +170,7 @@ class Capture:
             cast: half-precision inputs are cast to this.
         """
         self._probe = Forward(args, kwargs)
+        self._restore_buffers()  # every pass starts from the same ones
         kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
@@ -205,9 +210,9 @@ class Capture:
         self._current = None
 
 
-def rng_state(device: torch.device) -> list[Tensor]:
-    """Random state of the CPU and of ``device``."""
-    states = [torch.get_rng_state()]
+def rng_state(device: torch.device) -> list[Any]:
+    """Random state of Python, NumPy, the CPU and ``device``; models and augmentations draw from any of them."""
+    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
     if device.type == "cuda":
         states.append(torch.cuda.get_rng_state(device))
     elif device.type not in ("cpu", "meta"):
@@ -215,17 +220,21 @@ def rng_state(device: torch.device) -> list[Tensor]:
     return states
 
 
-def set_rng_state(device: torch.device, states: list[Tensor]) -> None:
+def set_rng_state(device: torch.device, states: list[Any]) -> None:
     """Restore :func:`rng_state`."""
-    torch.set_rng_state(states[0])
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
     if device.type == "cuda":
-        torch.cuda.set_rng_state(states[1], device)
-    elif len(states) > 1:
-        getattr(torch, device.type).set_rng_state(states[1])
+        torch.cuda.set_rng_state(states[3], device)
+    elif len(states) > 3:
+        getattr(torch, device.type).set_rng_state(states[3])
 
 
 def seed_rng(device: torch.device, seed: int) -> None:
-    """Seed the CPU and ``device``, and no other device."""
+    """Seed Python, NumPy, the CPU and ``device``, and no other device."""
+    random.seed(seed)
+    np.random.seed(seed)
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -235,18 +244,29 @@ def seed_rng(device: torch.device, seed: int) -> None:
 
 
 @contextmanager
-def isolated(model: nn.Module, head: IADAHead) -> Iterator[None]:
-    """Run extra passes; random state and buffers (BatchNorm's) are afterwards as they were."""
-    device = head.weight.device
-    own = {id(b) for b in head.buffers()}
-    buffers = [b.data for b in model.buffers() if id(b) not in own]
-    saved, states = [b.clone() for b in buffers], rng_state(device)
+def isolated(capture: Capture) -> Iterator[None]:
+    """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
+    own = {id(b) for b in capture.head.buffers()}
+    kept = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in capture.model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and id(buffer) not in own
+    ]
+
+    def restore() -> None:
+        for module, name, buffer, value in kept:
+            buffer.data.copy_(value)
+            module._buffers[name] = buffer  # a pass may have put another tensor in its place
+
+    states = rng_state(capture.device)
+    capture._restore_buffers = restore
     try:
         yield
     finally:
-        set_rng_state(device, states)
-        for buffer, value in zip(buffers, saved, strict=True):
-            buffer.copy_(value)
+        capture._restore_buffers = lambda: None
+        set_rng_state(capture.device, states)
+        restore()
 
 
 def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
@@ -258,11 +278,17 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     if isinstance(batch, Mapping):
         for key in LABEL_KEYS[:3]:
             if key in batch:
-                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, torch.as_tensor(batch[key])
+                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, _labels(batch[key])
         raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}.")
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, labels = batch[0], torch.as_tensor(batch[1])
+        inputs, labels = batch[0], _labels(batch[1])
         return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)
     raise ValueError(
         f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."
     )
+
+
+def _labels(labels: Any) -> Tensor:
+    """Labels as a tensor, ``[M, 1]`` flattened."""
+    labels = torch.as_tensor(labels)
+    return labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels

@@ -60,7 +60,7 @@ def plan_warmup(config: IADAConfig, steps_per_epoch: int, epochs: float | None) 
             f"the warm-up of {warmup} steps leaves no meta step in a run of {total} steps: lower warmup_epochs"
             f" (={config.warmup_epochs}) or warmup_ratio (={config.warmup_ratio}), or train longer."
         )
-    return warmup, max(0, warmup - round(config.statistics_epochs * steps_per_epoch))
+    return warmup, max(0, warmup - max(1, round(config.statistics_epochs * steps_per_epoch)))
 
 
 def refuse_reentrant_checkpointing(model: nn.Module, config: IADAConfig) -> None:
@@ -87,7 +87,7 @@ def is_soft(target: Tensor, output: Tensor) -> bool:
 def check_labels(labels: Tensor, n: int, num_classes: int, *, always: bool) -> None:
     """Labels are ``[n]`` class indices below ``num_classes``.
 
-    On an accelerator reading their range costs a wait: it is done where ``always`` is set, else the cross-entropy
+    On an accelerator reading their range costs a wait: it is done where ``always`` is set, else the indexing by labels
     asserts it on the device.
 
     Raises:

@@ -65,11 +65,18 @@ class IADAConfig:
         (-1.0, 1.0), "Range of the perturbation size epsilon; training starts in its middle. (-1, 0): only letting go."
     )
     perturbation_scale: str = _setting(
-        "unit", "Size of delta at epsilon = 1: 'unit' per feature (the paper), or 'feature_std' of the sample's class."
+        "unit",
+        "Size of delta at epsilon = 1: 'unit' per feature (the paper), or 'feature_std' of the sample's class (a constant"
+        " in Eq. 9).",
     )
     seed: int = _setting(0, "Seed of the perturbation network, of the meta sampler and of the meta passes.")
 
     def __post_init__(self) -> None:
+        for name, setting in self.__dataclass_fields__.items():
+            value = getattr(self, name)
+            number = isinstance(setting.default, (int, float)) or name in _NUMBERS_OR_NONE
+            if number and (isinstance(value, bool) or not isinstance(value, (int, float, type(setting.default)))):
+                raise ValueError(f"IADAConfig: {name}={value!r} must be a number.")
         self.epsilon_range = (float(self.epsilon_range[0]), float(self.epsilon_range[1]))
         low, high = self.epsilon_range
         self._check("alpha", self.alpha >= 0, "at least 0")
@@ -80,7 +87,8 @@ class IADAConfig:
         self._check(
             "meta_every", self.meta_every >= 1 and self.meta_every == int(self.meta_every), "a whole number >= 1"
         )
-        self._check("meta_batch_size", self.meta_batch_size is None or self.meta_batch_size >= 1, "None or at least 1")
+        size = self.meta_batch_size
+        self._check("meta_batch_size", size is None or (size >= 1 and size == int(size)), "None or a whole number >= 1")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
@@ -99,6 +107,7 @@ class IADAConfig:
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
 
 
+_NUMBERS_OR_NONE = ("warmup_epochs", "meta_batch_size", "virtual_lr")
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
     "covariance": ("auto", "full", "diagonal"),

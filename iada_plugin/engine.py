@@ -95,10 +95,6 @@ class MetaIADA:
         parameters = check_parameters(self.model, linear, config)
         refuse_reentrant_checkpointing(self.model, config)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
-        labels = labels_of(meta_loader)
-        if labels is not None:
-            trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
-            require_all_classes(labels, linear.out_features, trained)
         if "_converted_from" in vars(linear):
             warnings.warn("an earlier MetaIADA on this model was not closed: this one takes its place.")
             restore_linear(linear)  # type: ignore[arg-type]
@@ -108,6 +104,10 @@ class MetaIADA:
         try:
             if class_counts is not None:
                 self.head.set_class_counts(class_counts)
+            labels = labels_of(meta_loader)
+            if labels is not None:
+                trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
+                require_all_classes(labels, self.head.out_features, trained)
             self.statistics = Statistics(self.head, config, characteristics)
             if self.warmup_steps == 0:
                 self.statistics.begin_augmentation()
@@ -118,6 +118,12 @@ class MetaIADA:
         self.meta = MetaStep(
             self.capture, self.optimizer, parameters, self.meta_batches, len(self.statistics.characteristics), config
         )
+        try:
+            self.meta.check_batch()
+        except Exception:
+            self.capture.remove()
+            self._restore_head()
+            raise
         self._step_hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
         # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
         own = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
@@ -184,15 +190,17 @@ class MetaIADA:
         return _mean_loss(self.meta.logits(forward.features, target, epsilon), target, denominator)
 
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.in_warmup:
+        if self.step < self.statistics_start:
             return F.cross_entropy(output.float(), target.float())
         raise ValueError(
-            f"soft targets {list(target.shape)} after the warm-up: IADA needs class indices. Switch mixup and cutmix off"
-            f" by then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0); the warm-up ends at step {self.warmup_steps}."
+            f"soft targets {list(target.shape)} at step {self.step}: from step {self.statistics_start} on, where class"
+            " statistics are collected before the warm-up ends, IADA needs class indices. Switch mixup and cutmix off by"
+            " then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0)."
         )
 
     def _after_optimizer_step(self, *_: Any) -> None:
-        self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation)
+        with torch.autocast(self.capture.device.type, enabled=False):
+            self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation)
         self.step += 1
 
     def pop_metrics(self) -> dict[str, float]:

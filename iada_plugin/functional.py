@@ -75,7 +75,7 @@ def iada_logits(
     features: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    labels: Tensor,
+    labels: Tensor | None,
     epsilon: Tensor | None = None,
     covariance: Tensor | None = None,
     log_prior: Tensor | None = None,
@@ -92,7 +92,7 @@ def iada_logits(
         features: ``[N, H]``.
         weight: ``[C, H]``.
         bias: ``[C]`` or ``None``.
-        labels: ``[N]`` class indices.
+        labels: ``[N]`` class indices; may be ``None`` without the perturbation and variance terms.
         epsilon: ``[N]`` size and sign of the perturbation along :func:`perturbation_direction`; positive is adversarial.
         covariance: ``[C, H, H]`` or ``[C, H]``.
         log_prior: ``[C]`` log class proportions.

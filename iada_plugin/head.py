@@ -106,7 +106,7 @@ class IADAHead(nn.Linear):
         Raises:
             ValueError: for another length, a negative or non-finite value, or all zeros.
         """
-        counts = torch.as_tensor(class_counts, dtype=torch.float64).cpu()
+        counts = torch.as_tensor(class_counts).detach().cpu().double()
         if counts.shape != (self.out_features,):
             raise ValueError(
                 f"class_counts has shape {list(counts.shape)}; the classifier has {self.out_features} classes and needs"
@@ -138,7 +138,7 @@ class IADAHead(nn.Linear):
     def iada_logits(
         self,
         features: Tensor,
-        labels: Tensor,
+        labels: Tensor | None,
         epsilon: Tensor | None = None,
         alpha: float = 0.5,
         beta: float = 1.0,
@@ -147,7 +147,7 @@ class IADAHead(nn.Linear):
 
         Args:
             features: ``[N, H]`` input of this layer.
-            labels: ``[N]``.
+            labels: ``[N]``; ``None`` only where neither the variance nor the perturbation term is on.
             epsilon: ``[N]`` or ``None`` for no perturbation term.
             alpha: weight of the variance term, 0 leaves it out.
             beta: weight of the prior term, 0 leaves it out.

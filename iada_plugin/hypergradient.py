@@ -42,20 +42,17 @@ def displaced(parameters: Sequence[Tensor], displacement: Sequence[Tensor]) -> I
 
 
 def _tf32_switches() -> list[tuple[Any, str, Any]]:
-    """Where TF32 is switched, and the value that means off."""
-    backends: Any = torch.backends
-    switches = [(backends.cuda.matmul, "allow_tf32", False), (backends.cudnn, "allow_tf32", False)]
-    try:
-        for place, name, _ in switches:
-            getattr(place, name)
-        return switches
-    except RuntimeError:  # set through torch's newer switches, of which the old ones cannot tell
-        return [(place, "fp32_precision", "ieee") for place in (backends.cuda.matmul, backends.cudnn.conv)]
+    """Where TF32 is switched, and the value that means off. Where torch has its newer switches (2.9), the old ones
+    raise as soon as both were used."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    if hasattr(matmul, "fp32_precision"):
+        return [(place, "fp32_precision", "ieee") for place in (matmul, cudnn.conv, cudnn.rnn)]
+    return [(matmul, "allow_tf32", False), (cudnn, "allow_tf32", False)]
 
 
 def tf32_enabled() -> bool:
     """Whether CUDA may round float32 products to TF32."""
-    return any(getattr(place, name) != off for place, name, off in _tf32_switches())
+    return any(getattr(place, name) not in (off, "none") for place, name, off in _tf32_switches())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class MetaStep:
         self.log = EpsilonLog(self.head.out_features)
         self.skipped = 0
         self._checked = False
+        self._repeatable: bool | None = None
 
     @torch.no_grad()
     def epsilon(self, f: Tensor) -> Tensor:
@@ -79,7 +81,7 @@ class MetaStep:
             step: optimizer step; seeds the meta pass's dropout, so that a resumed run repeats it.
         """
         parameters = list(self.parameters.values())
-        with isolated(self.capture.model, self.head):
+        with isolated(self.capture):
             batch = self._draw((self.config.seed * 1_000_003 + step) % 2**31)
             rates, eta = self._virtual_rates(parameters)
             if self.config.schedule == "lookahead":
@@ -118,6 +120,17 @@ class MetaStep:
         weighted_average_(gradient, labels.numel())
         return gradient
 
+    def check_batch(self) -> None:
+        """Look at the first meta batch, before training: its form and labels.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        with isolated(self.capture):
+            seed_rng(self.capture.device, self.config.seed)
+            _, labels = self.batches.peek()
+        check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
+
     def _draw(self, seed: int) -> Any:
         """The next meta batch; its augmentation, and the meta pass after it, run from ``seed``."""
         self.batches.open()
@@ -154,8 +167,30 @@ class MetaStep:
         with hg.full_precision(base.device.type):
             if self.config.hypergradient == "forward":
                 return hg.forward_tangent(features_here, self.parameters, direction)
-            known = base if forward.exact and base.dtype == dtype else None
+            self._check_repeatable(base, features_here)
+            known = base if forward.exact and self._repeatable and base.dtype == dtype else None
             return hg.finite_difference_tangent(features_here, list(self.parameters.values()), direction, known)
+
+    def _check_repeatable(self, base: Tensor, features_here: Callable[[], Tensor]) -> None:
+        """Once: repeat the training pass. Bit-equal features may serve as the base of the difference; features that are
+        equal to rounding only (compiled code, say) may not; others mean that the difference would be noise.
+
+        Raises:
+            RuntimeError: the pass cannot be repeated.
+        """
+        if self._repeatable is not None:
+            return
+        with torch.no_grad():
+            again = features_here()
+            error = (again - base).float().norm() / base.float().norm().clamp_min(1e-6)
+        if bool(error > 0.2):
+            raise RuntimeError(
+                f"{type(self.capture.model).__name__}: the same pass, repeated with the same random state, gives features"
+                f" that differ by {100 * float(error):.0f} %. Finite differences would be noise. Something in the model"
+                " draws or keeps what cannot be restored (dropout in compiled code, state outside of buffers): use"
+                " IADAConfig(hypergradient='head')."
+            )
+        self._repeatable = torch.equal(again, base)
 
     @torch.no_grad()
     def _update(

@@ -12,14 +12,21 @@ if TYPE_CHECKING:
 
 
 def collect(engine: MetaIADA) -> dict[str, Tensor]:
-    """Everything a resumed run needs; copies."""
+    """Everything a resumed run needs; copies.
+
+    Raises:
+        RuntimeError: the engine was closed and its statistics are gone.
+    """
+    if not hasattr(engine.head, "covariance"):
+        raise RuntimeError("this MetaIADA was closed: take its state_dict() before close().")
     found = {f"perturbation.{k}": v for k, v in engine.meta.perturbation.state_dict().items()}
     for index, entry in engine.meta.meta_optimizer.state_dict()["state"].items():
         found |= {f"meta_optimizer.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
     found |= {f"means.{k}": v for k, v in engine.statistics.means.state_dict().items()}
     found |= {f"head.{k}": v for k, v in engine.head.named_buffers()}
     found["label_count"] = engine.statistics.label_count
-    counters = (engine.step, engine.meta.skipped, engine.meta_batches.drawn, int(engine.statistics.prior_known))
+    plan = (engine.warmup_steps, engine.statistics_start)  # a longer run goes on with the warm-up it began with
+    counters = (engine.step, engine.meta.skipped, engine.meta_batches.drawn, int(engine.statistics.prior_known), *plan)
     found["counters"] = torch.tensor(counters)
     return {k: v.detach().clone().contiguous() for k, v in found.items()}
 
@@ -54,8 +61,9 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     for key, buffer in engine.head.named_buffers():
         buffer.copy_(given[f"head.{key}"])
     engine.statistics.label_count.copy_(given["label_count"])
-    engine.step, engine.meta.skipped, drawn, prior_known = given["counters"].tolist()
-    engine.statistics.prior_known = bool(prior_known)
+    engine.step, engine.meta.skipped, drawn, prior_known, *plan = given["counters"].tolist()
+    engine.warmup_steps, engine.statistics_start = plan
+    engine.statistics.reset(bool(prior_known))
     engine.meta_batches.skip_to(drawn)
 
 

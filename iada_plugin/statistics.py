@@ -34,6 +34,10 @@ class Statistics:
         self._pending: list[tuple[Tensor, ...]] = []
         self._ready = False
 
+    def reset(self, prior_known: bool) -> None:
+        """Forget what is pending, for another state."""
+        self._pending, self._ready, self.prior_known = [], False, prior_known
+
     def begin_augmentation(self) -> bool:
         """Check, after the warm-up, that there is something to augment with.
 
@@ -50,10 +54,11 @@ class Statistics:
             if not self.prior_known and self.config.beta != 0:
                 raise ValueError("no label was seen in a warm-up, so the class prior is unknown: pass class_counts, or"
                                  " set beta=0.")  # fmt: skip
-            if self.config.alpha != 0 and not bool(self.head.class_count.any()):
+            used = self.config.alpha != 0 or self.config.perturbation_scale == "feature_std"
+            if used and not bool(self.head.class_count.any()):
                 raise ValueError(
-                    "there are no class statistics (no warm-up, or soft targets or non-finite features all through it):"
-                    " set warmup_epochs > 0, switch mixup off earlier, set alpha=0, or fill them with"
+                    "there are no class statistics (no warm-up, or non-finite features all through it): set"
+                    " warmup_epochs > 0, or alpha=0 and perturbation_scale='unit', or fill them with"
                     " IADAHead.update_statistics."
                 )
             self._ready = True

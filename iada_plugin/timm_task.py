@@ -24,7 +24,8 @@ class MetaIADATask(ClassificationTask):
     """timm's `ClassificationTask` with Meta-IADA as the criterion.
 
     Make it before EMA, ``compile`` and DDP are set up, as any task. Label smoothing and losses other than cross-entropy
-    are refused; mixup and cutmix may run during the warm-up only (``--mixup-off-epoch``).
+    are refused; mixup and cutmix may run until class statistics are collected, one epoch before the warm-up ends
+    (``--mixup-off-epoch``).
 
     Args:
         model: the model; its classifier is converted in place.
@@ -79,6 +80,12 @@ class MetaIADATask(ClassificationTask):
         if self._loaded is not None:
             self.engine.load_state_dict(self._loaded)
             self._loaded = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Compile the model, as `ClassificationTask`; the difference passes stay eager."""
+        if self.engine is not None:
+            self.engine.capture.mark_compiled()
+        return super().compile(*args, **kwargs)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Logits and loss of a batch: ``{"loss": [], "output": [N, C]}``.

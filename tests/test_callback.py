@@ -296,13 +296,40 @@ def test_a_model_without_a_classifier(tmp_path):
         trainer(tmp_path, callback(), model=model).train()
 
 
-def test_a_loss_that_does_not_pass_the_hook(tmp_path):
-    ours = callback()
-    t = trainer(tmp_path, ours)
+def test_a_loss_that_is_not_the_hooks(tmp_path):
     other = distilbert()
-    t.compute_loss = lambda model, inputs, **kwargs: other(**inputs).loss + 0 * next(model.parameters()).sum()
-    with pytest.raises(RuntimeError, match="no training loss passed"):
-        t.train()
+
+    def elsewhere(model, inputs, **kwargs):
+        return other(**inputs).loss + 0 * next(model.parameters()).sum()
+
+    def its_own(model, inputs, **kwargs):
+        return torch.nn.functional.cross_entropy(model(**inputs).logits, inputs["labels"])
+
+    for compute_loss in (elsewhere, its_own):
+        t = trainer(tmp_path, callback())
+        t.compute_loss = compute_loss
+        with pytest.raises(RuntimeError, match="compute_loss"):
+            t.train()
+
+
+def test_multi_label_data_without_a_problem_type(tmp_path):
+    train = dataset().map(lambda row: {"labels": [1.0 - row["labels"], float(row["labels"])]})
+    with pytest.raises(ValueError, match="multi-label problems are not supported"):
+        trainer(tmp_path, callback(), train=train).train()
+
+
+@pytest.mark.parametrize("kind", ["plain", "iada"])
+def test_auto_find_batch_size(tmp_path, kind):
+    model = distilbert()
+
+    def out_of_memory(module, args, kwargs):
+        if len(kwargs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+
+    model.register_forward_pre_hook(out_of_memory, with_kwargs=True)
+    t = trainer(tmp_path, callback() if kind == "iada" else None, model=model, auto_find_batch_size=True, max_steps=12)
+    t.train()
+    assert t.state.global_step == 12
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -406,7 +433,14 @@ def test_a_run_without_the_callback_resumes_fresh_and_without_it(tmp_path):
     t = trainer(tmp_path, callback(resume_from="fresh"), **SAVING)
     t.train(resume_from_checkpoint=last)
     assert "iada/meta_loss" in t.state.log_history[-2]
-    trainer(tmp_path, **{**SAVING, "max_steps": 12}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    with pytest.raises(ValueError, match="no meta step is left"):
+        t = trainer(tmp_path, callback(resume_from="fresh"), **{**SAVING, "max_steps": 13})
+        t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    trainer(tmp_path, **{**SAVING, "max_steps": 11}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    # Past the warm-up too: it is prolonged until statistics are there.
+    late = trainer(tmp_path, callback(resume_from="fresh"), **{**SAVING, "max_steps": 16})
+    late.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert [("iada/meta_loss" in log) for log in late.state.log_history[-3:-1]] == [True, True]
 
 
 def test_the_best_checkpoint_is_complete_too(tmp_path):

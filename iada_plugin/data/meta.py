@@ -56,6 +56,7 @@ def balanced_meta_split(
         member = member.astype(bool)
     rng = np.random.default_rng(seed)
     taken = np.zeros(len(labels), dtype=bool)
+    left = member.sum(axis=0)
     kind = "class" if groups is None else "group"
     # Rare groups first: what they need cannot be used up by others, and what they draw counts for the others.
     for column in np.argsort(member.sum(axis=0), kind="stable"):
@@ -67,10 +68,13 @@ def balanced_meta_split(
                 raise ValueError(message + " Draw fewer (per_group), merge it, or allow less with short='half'.")
             wanted = len(rows) // 2
             warnings.warn(f"{message} {wanted} drawn.")
-        free = rows[~taken[rows]]
-        missing = min(wanted - int(taken[rows].sum()), len(free))
-        if missing > 0:
-            taken[rng.choice(free, missing, replace=False)] = True
+        missing = wanted - int(taken[rows].sum())
+        for row in rng.permutation(rows[~taken[rows]]):
+            if missing <= 0:
+                break
+            if (left[member[row]] > 1).all():  # no group may lose its last row
+                taken[row], missing = True, missing - 1
+                left -= member[row]
     return np.flatnonzero(taken).tolist(), np.flatnonzero(~taken).tolist()
 
 
