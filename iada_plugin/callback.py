@@ -143,7 +143,7 @@ class MetaIADACallback(TrainerCallback):
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         self._intercepted = False
         if state.global_step == 0 and args.should_save:
-            for stale in Path(args.output_dir).glob(".iada_state-*"):  # of an earlier run that was killed
+            for stale in _folder(args).glob(".iada_state-*"):  # of an earlier run that was killed
                 stale.unlink()
         if state.global_step > 0:
             try:
@@ -167,7 +167,7 @@ class MetaIADACallback(TrainerCallback):
                     f" {span} steps, after which no meta step is left. Train longer, or lower statistics_epochs."
                 )
             return
-        folder = self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = self.resume_from or _folder(args) / f"checkpoint-{state.global_step}"
         try:
             load_state(self.engine, state_file(folder))
         except FileNotFoundError as error:
@@ -247,15 +247,15 @@ class MetaIADACallback(TrainerCallback):
     def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
         if self.engine is not None and control.should_save and args.should_save:
-            os.makedirs(args.output_dir, exist_ok=True)
-            save_state(self.engine, staged_file(args.output_dir, state.global_step))
+            os.makedirs(_folder(args), exist_ok=True)
+            save_state(self.engine, staged_file(_folder(args), state.global_step))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
         if self.engine is None or not args.should_save:
             return
-        staged = staged_file(args.output_dir, state.global_step)
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        staged = staged_file(_folder(args), state.global_step)
+        folder = _folder(args) / f"checkpoint-{state.global_step}"
         if not staged.exists():  # save_strategy="best" decides after the evaluation
             save_state(self.engine, staged)
         if folder.is_dir():
@@ -283,7 +283,7 @@ class MetaIADACallback(TrainerCallback):
         """Give the model back as it was."""
         self.uninstall()
         if args.should_save:
-            staged_file(args.output_dir, state.global_step).unlink(missing_ok=True)
+            staged_file(_folder(args), state.global_step).unlink(missing_ok=True)
 
     def uninstall(self) -> None:
         """Remove every hook and restore the classifier, after an interrupted ``train()`` for instance."""
@@ -299,6 +299,10 @@ _LOSS_OUTSIDE = (
     "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor, compute_loss_func or a"
     " compute_loss of your own moves the loss out of it. Set label_smoothing_factor=0, drop the others: IADA is the loss."
 )
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".")
 
 
 def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
@@ -319,7 +323,8 @@ def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
             f"the model is set up for {kind or 'regression (num_labels=1)'}: IADA needs a softmax over classes. Use"
             " num_labels >= 2 and problem_type='single_label_classification'."
         )
-    if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+    options = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
         raise ValueError(REENTRANT)
 
 

@@ -98,8 +98,10 @@ class MetaIADA:
         if "_converted_from" in vars(linear):
             warnings.warn("an earlier MetaIADA on this model was not closed: this one takes its place.")
             restore_linear(linear)  # type: ignore[arg-type]
-        converted = not isinstance(linear, IADAHead)
-        self.head = convert_to_iada(linear, covariance=config.covariance) if converted else linear
+        if isinstance(linear, IADAHead):
+            self.head = linear
+        else:
+            self.head = convert_to_iada(linear, covariance=config.covariance)
         self._conversion = vars(self.head).get("_converted_from")
         try:
             if class_counts is not None:

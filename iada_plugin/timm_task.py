@@ -39,6 +39,8 @@ class MetaIADATask(ClassificationTask):
         ValueError: naming train.py's flag that has to change.
     """
 
+    engine: MetaIADA | None
+
     def __init__(
         self,
         model: nn.Module,
@@ -59,7 +61,7 @@ class MetaIADATask(ClassificationTask):
         _check_criterion(criterion, criterion_kwargs or {})
         # The base class holds the plain criterion; training calls the engine.
         super().__init__(model, nn.CrossEntropyLoss(), device=device, dtype=dtype, verbose=verbose)
-        self._options = {
+        self._options: dict[str, Any] = {
             "meta_loader": meta_loader,
             "steps_per_epoch": steps_per_epoch,
             "class_counts": class_counts,
@@ -76,9 +78,10 @@ class MetaIADATask(ClassificationTask):
         """Start Meta-IADA on the model with this optimizer. Call it once, before the first step."""
         if self.engine is not None:
             self.engine.close()
-        self.__dict__["engine"] = MetaIADA(self.trainable_module, optimizer, **self._options)
+        engine = MetaIADA(self.trainable_module, optimizer, **self._options)
+        self.__dict__["engine"] = engine
         if self._loaded is not None:
-            self.engine.load_state_dict(self._loaded)
+            engine.load_state_dict(self._loaded)
             self._loaded = None
 
     def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
