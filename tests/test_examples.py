@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(name, *arguments, ok=True):
     command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (process.returncode == 0) == ok, process.stdout[-2000:] + process.stderr[-3000:]
     return process.stdout + process.stderr
