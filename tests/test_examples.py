@@ -60,7 +60,7 @@ def test_civilcomments_on_a_file(tmp_path):
         assert set(found["groups"]) == set(GROUPS) and 0 <= found["worst_group"] <= found["average"] <= 1
     assert results["rows"]["meta"] + results["rows"]["val"] == 400
     picture = Image.open(tmp_path / "out" / "group_accuracy.png")
-    assert picture.size[0] > 1000 and len(set(picture.convert("L").resize((60, 30)).getdata())) > 10
+    assert picture.size[0] > 1000 and len(set(picture.convert("L").resize((60, 30)).tobytes())) > 10
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, info = AutoModelForSequenceClassification.from_pretrained(
