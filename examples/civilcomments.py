@@ -65,6 +65,7 @@ def parse_args() -> argparse.Namespace:
         "--warmup-epochs", type=float, help="cross-entropy first; default: 1, small model: half the run"
     )
     parser.add_argument("--epsilon-range", type=float, nargs=2, default=(-1.0, 1.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--perturbation-scale", choices=["unit", "feature_std"], default="unit")
     parser.add_argument("--meta-per-group", type=int, default=20, help="meta rows for each of the 16 groups")
     parser.add_argument("--meta-from", choices=["val", "train"], default="val", help="split the meta set is drawn from")
     parser.add_argument("--min-group-size", type=int, default=20, help="smaller groups do not count as the worst one")
@@ -137,17 +138,25 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     def metrics(prediction) -> dict[str, float]:
         correct = prediction.predictions.argmax(axis=1) == val.labels
         worst, _ = worst_group_accuracy(correct, val.groups, args.min_group_size)
-        return {"average": float(correct.mean()), "worst_group": worst}
+        # Epochs of Meta-IADA's warm-up are plain cross-entropy: they must not be selected as its result.
+        warm = method == "iada" and (trainer.state.epoch or 0) <= args.warmup_epochs
+        return {"average": float(correct.mean()), "worst_group": worst, "selection": worst - warm}
 
     arguments = TrainingArguments(
         output_dir=str(folder), num_train_epochs=args.epochs, learning_rate=args.lr,
         per_device_train_batch_size=args.batch_size, per_device_eval_batch_size=64, weight_decay=0.01, seed=args.seed,
         eval_strategy="epoch", save_strategy="epoch", save_total_limit=2, logging_steps=50, report_to=[],
-        load_best_model_at_end=True, metric_for_best_model="worst_group", greater_is_better=True,
+        load_best_model_at_end=True, metric_for_best_model="selection", greater_is_better=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     callbacks = []
     if method == "iada":
-        config = IADAConfig(warmup_epochs=args.warmup_epochs, epsilon_range=tuple(args.epsilon_range), seed=args.seed)
+        config = IADAConfig(
+            warmup_epochs=args.warmup_epochs,
+            epsilon_range=tuple(args.epsilon_range),
+            perturbation_scale=args.perturbation_scale,
+            seed=args.seed,
+        )
         callbacks = [MetaIADACallback(meta_dataset=encoded["meta"], config=config)]
     trainer = Trainer(
         model=load_model(args, tokenizer), args=arguments, train_dataset=encoded["train"], eval_dataset=encoded["val"],
@@ -156,7 +165,15 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     last = None
     if args.resume and folder.is_dir():
         last = last_complete_checkpoint(folder) if method == "iada" else get_last_checkpoint(str(folder))
+    print(
+        f"\n--- {NAMES[method]}"
+        + (f" (cross-entropy until epoch {args.warmup_epochs:g})" if callbacks else "")
+        + " ---"
+    )
     trainer.train(resume_from_checkpoint=last)
+    selected = next(log["epoch"] for log in trainer.state.log_history
+                    if log.get("eval_selection") == trainer.state.best_metric)  # fmt: skip
+    print(f"selected by worst-group validation accuracy: epoch {selected:g} of {args.epochs:g}")
     trainer.compute_metrics = None  # the test split is scored in report()
     trainer.save_model(str(folder / "model"))
     tokenizer.save_pretrained(str(folder / "model"))

@@ -62,6 +62,8 @@ class MetaIADACallback(TrainerCallback):
             )
         self.meta_dataset = meta_dataset
         self.config = config or IADAConfig()
+        if not isinstance(self.config, IADAConfig):
+            raise TypeError(f"config is a {type(config).__name__}: pass IADAConfig(...).")
         self.class_counts = class_counts
         self.classifier = classifier
         self.characteristics = characteristics
@@ -297,7 +299,7 @@ class MetaIADACallback(TrainerCallback):
 
 _LOSS_OUTSIDE = (
     "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor, compute_loss_func or a"
-    " compute_loss of your own moves the loss out of it. Set label_smoothing_factor=0, drop the others: IADA is the loss."
+    " compute_loss of your own moves the loss out of it. IADA is the loss: set label_smoothing_factor=0 and use neither."
 )
 
 
@@ -331,7 +333,15 @@ def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
 def _class_counts(loader: Any, model: nn.Module) -> Tensor | None:
     """``[C]`` from the training set's label column, or ``None`` where it has none that can be read at once."""
     num_labels = getattr(getattr(model, "config", None), "num_labels", None)
-    labels = labels_of(getattr(loader, "dataset", None))
+    dataset = getattr(loader, "dataset", None)
+    kinds = getattr(dataset, "features", None) or {}
+    kind = kinds.get("labels", kinds.get("label")) if isinstance(kinds, dict) else None
+    if str(getattr(kind, "dtype", "")).startswith("float"):
+        raise ValueError(
+            "the training set's labels are floats, which transformers takes for multi-label data: cast them,"
+            " dataset.cast_column('labels', Value('int64')). IADA needs one class index per sample."
+        )
+    labels = labels_of(dataset)
     if labels is None or num_labels is None:
         return None
     wrong = labels[(labels < 0) | (labels >= num_labels)]

@@ -147,8 +147,8 @@ class Capture:
         if not same:
             raise RuntimeError(
                 f"{type(self.model).__name__}: the logits {list(output.shape)} are not what the classifier"
-                f" {list(logits.shape)} returned in the last pass. Name the layer that gives the logits with"
-                " classifier='...', pass the model's output on unchanged, and call the criterion once after each pass."
+                f" {list(logits.shape)} returned in the last pass. Pass the raw logits on, without softmax,"
+                " once after each pass; if the search took the wrong layer, name the right one with classifier='...'."
             )
 
     def features_of(
@@ -279,7 +279,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
         for key in LABEL_KEYS[:3]:
             if key in batch:
                 return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, _labels(batch[key])
-        raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}.")
+        raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}: name it so, or yield"
+                         " (input, target).")  # fmt: skip
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         inputs, labels = batch[0], _labels(batch[1])
         return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)

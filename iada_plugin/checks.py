@@ -52,13 +52,14 @@ def plan_warmup(config: IADAConfig, steps_per_epoch: int, epochs: float | None) 
     else:
         warmup = steps_per_epoch
         warnings.warn(
-            "MetaIADA does not know how long the run is: the warm-up is one epoch. Pass epochs=..., or"
-            " IADAConfig(warmup_epochs=...), to choose it."
+            "MetaIADA does not know how long the run is: the warm-up is one epoch, instead of warmup_ratio of the run. Pass"
+            " epochs=..., or IADAConfig(warmup_epochs=...), to choose it."
         )
+    epochs_set = config.warmup_epochs is not None
+    setting = f"warmup_epochs (={config.warmup_epochs})" if epochs_set else f"warmup_ratio (={config.warmup_ratio})"
     if total is not None and warmup >= total:
         raise ValueError(
-            f"the warm-up of {warmup} steps leaves no meta step in a run of {total} steps: lower warmup_epochs"
-            f" (={config.warmup_epochs}) or warmup_ratio (={config.warmup_ratio}), or train longer."
+            f"the warm-up of {warmup} steps leaves no meta step in a run of {total} steps: lower {setting}, or train longer."
         )
     return warmup, max(0, warmup - max(1, round(config.statistics_epochs * steps_per_epoch)))
 
@@ -94,9 +95,11 @@ def check_labels(labels: Tensor, n: int, num_classes: int, *, always: bool) -> N
         ValueError: naming what is wrong.
     """
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise ValueError(f"labels are {labels.dtype}: IADA needs class indices (torch.long), one per sample.")
+        raise ValueError(f"labels are {labels.dtype}: IADA needs class indices, one per sample: labels.long() where they are whole"
+                         " numbers, labels.argmax(1) where they are one-hot.")  # fmt: skip
     if labels.dim() != 1 or labels.shape[0] != n:
-        raise ValueError(f"labels have shape {list(labels.shape)}: IADA needs [{n}] class indices, one per sample.")
+        raise ValueError(f"labels have shape {list(labels.shape)}: IADA needs class indices [N], one per sample"
+                         " (squeeze(1) a column; argmax(1) one-hot rows; give a loader of batches, not of samples).")  # fmt: skip
     if n == 0:
         raise ValueError("a batch has no sample.")
     if labels.device.type == "cpu" or always:

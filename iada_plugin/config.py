@@ -81,7 +81,7 @@ class IADAConfig:
         low, high = self.epsilon_range
         self._check("alpha", self.alpha >= 0, "at least 0")
         self._check("beta", self.beta >= 0, "at least 0")
-        self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1): at 1 no meta step would be left")
+        self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1), such as 0.8 for 80 %")
         self._check("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "None or at least 0")
         self._check("statistics_epochs", self.statistics_epochs > 0, "positive")
         self._check(

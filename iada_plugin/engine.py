@@ -87,10 +87,12 @@ class MetaIADA:
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
         self.config = config = config or IADAConfig()
+        if not isinstance(config, IADAConfig):
+            raise TypeError(f"config is a {type(config).__name__}: pass IADAConfig(...).")
         self.model, compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
-        self.step = 0
+        self.step, self._calls, self._warned, self._closed = 0, 0, False, False
         self.classifier_name, linear = find_classifier(self.model, classifier)
         parameters = check_parameters(self.model, linear, config)
         refuse_reentrant_checkpointing(self.model, config)
@@ -164,6 +166,12 @@ class MetaIADA:
         if not isinstance(output, Tensor):
             raise TypeError(f"output is a {type(output).__name__}: pass the logits, for example model(...).logits.")
         if not (torch.is_grad_enabled() and self.model.training):
+            if torch.is_grad_enabled() and output.requires_grad and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "the model is in eval mode with gradients on: this loss is plain cross-entropy. Call model.train()"
+                    " before training, and evaluate under torch.no_grad()."
+                )
             return F.cross_entropy(output, target)
         if output.device != self.capture.device:
             raise RuntimeError(
@@ -176,6 +184,12 @@ class MetaIADA:
 
     def _training_loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None) -> Tensor:
         forward = self.capture.take(output)
+        self._calls += 1
+        if self._calls == 200 and self.step == 0:
+            warnings.warn(
+                "200 training batches and not one optimizer step was counted: is the optimizer given to MetaIADA the one"
+                " whose step() is called? Without steps the warm-up never ends."
+            )
         if is_soft(target, output):
             return self._soft_target_loss(output, target)
         check_labels(target, output.shape[0], output.shape[1], always=self.step == 0)
@@ -230,6 +244,12 @@ class MetaIADA:
 
     def close(self) -> None:
         """Remove the hooks and turn the classifier back into what it was. May be called twice."""
+        if self._calls and self.step <= self.warmup_steps and not self._closed:
+            warnings.warn(
+                f"MetaIADA was closed before its first meta step: {self.step} optimizer steps were counted and the warm-up"
+                f" lasts {self.warmup_steps}. All of the training was plain cross-entropy; check steps_per_epoch and epochs."
+            )
+        self._closed = True
         self.capture.remove()
         self._step_hook.remove()
         self._restore_head()

@@ -106,6 +106,8 @@ class IADAHead(nn.Linear):
         Raises:
             ValueError: for another length, a negative or non-finite value, or all zeros.
         """
+        if isinstance(class_counts, dict):
+            raise ValueError("class_counts is a dict: give a list of one count per class, in label order.")
         counts = torch.as_tensor(class_counts).detach().cpu().double()
         if counts.shape != (self.out_features,):
             raise ValueError(

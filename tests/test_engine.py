@@ -637,6 +637,22 @@ def test_an_older_state_can_be_loaded_into_a_running_engine():
         iada.state_dict()
 
 
+def test_training_that_never_reaches_a_meta_step_is_not_silent():
+    model, iada = criterion()
+    x, y = vectors()
+    model.eval()
+    with pytest.warns(UserWarning, match="eval mode with gradients on"):
+        iada(model(x), y)
+    model.train()
+    iada._calls = 199
+    with pytest.warns(UserWarning, match="not one optimizer step was counted"):
+        iada(model(x), y)
+    with pytest.warns(UserWarning, match="closed before its first meta step"):
+        iada.close()
+    with pytest.raises(TypeError, match=r"pass IADAConfig"):
+        MetaIADA(model, iada.optimizer, meta_loader=[(x, y)], steps_per_epoch=1, config={"alpha": 0.5})
+
+
 def test_more_that_is_said_clearly():
     model, iada = criterion()
     with pytest.raises(TypeError, match=r"pass the logits"):
