@@ -28,6 +28,7 @@ def batch(n=8, seed=0):
     return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(seed)), torch.arange(n) % 4
 
 
+@pytest.mark.skipif(MetaIADATask is None, reason="models of an older timm cannot all be built on the meta device")
 def test_every_family_works_or_says_why_not():
     """One model of every family of timm on the meta device; the documented table is made by the same code."""
     path = Path(__file__).parents[1] / "docs" / "timm_families.py"
@@ -68,8 +69,7 @@ def test_whole_steps_on_real_models(name):
 
 def test_models_that_cannot_be_used():
     for name, message in (("deit_tiny_distilled_patch16_224", "several classifiers"), ("dla34", "1x1 convolution")):
-        with torch.device("meta"):
-            model = timm.create_model(name, num_classes=4)
+        model = timm.create_model(name, num_classes=4)
         with pytest.raises((TypeError, ValueError), match=message):
             MetaIADA(model, torch.optim.SGD(model.parameters(), lr=0.1), meta_loader=[batch()], steps_per_epoch=1)
     model = timm.create_model("resnet10t", num_classes=0)
