@@ -24,7 +24,6 @@ ROWS = {
     "many": "many-shot classes",
     "medium": "medium-shot classes",
     "few": "few-shot classes",
-    "seconds": "training time in s",
 }
 
 
@@ -46,13 +45,12 @@ def table(runs: list[dict]) -> list[str]:
     for key, label in ROWS.items():
         if key not in runs[0]["methods"][methods[0]]:
             continue
-        scale, digits = (1, 0) if key == "seconds" else (100, 1)
-        values = np.array([[run["methods"][m][key] for run in runs] for m in methods], dtype=float) * scale
+        values = np.array([[run["methods"][m][key] for run in runs] for m in methods], dtype=float) * 100
         if np.isnan(values).any():
             continue
         spread = values.std(axis=1, ddof=1) if len(runs) > 1 else np.zeros(len(methods))
-        cells = [f"{mean:.{digits}f} +- {sd:.{digits}f}" for mean, sd in zip(values.mean(axis=1), spread, strict=True)]
-        differences = ", ".join(f"{d:+.{digits}f}" for d in values[-1] - values[0])
+        cells = [f"{mean:.1f} +- {sd:.1f}" for mean, sd in zip(values.mean(axis=1), spread, strict=True)]
+        differences = ", ".join(f"{d:+.1f}" for d in values[-1] - values[0])
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {differences} |")
     return lines
 

@@ -46,6 +46,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.1, help="SGD; x 0.01 at 80 %% and 90 %% of the run")
     parser.add_argument("--warmup-ratio", type=float, default=0.8, help="share of the run with cross-entropy")
     parser.add_argument("--epsilon-range", type=float, nargs=2, default=(-1.0, 1.0), metavar=("LOW", "HIGH"))
+    parser.add_argument("--perturbation-scale", choices=["unit", "feature_std"], default="unit")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", default="outputs/long_tail")
@@ -173,7 +174,12 @@ def train(method: str, model: nn.Module, data: dict, args: argparse.Namespace) -
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.01)
     criterion = F.cross_entropy
     if method == "iada":
-        config = IADAConfig(warmup_ratio=args.warmup_ratio, epsilon_range=tuple(args.epsilon_range), seed=args.seed)
+        config = IADAConfig(
+            warmup_ratio=args.warmup_ratio,
+            epsilon_range=tuple(args.epsilon_range),
+            perturbation_scale=args.perturbation_scale,
+            seed=args.seed,
+        )
         criterion = MetaIADA(
             model, optimizer, meta_loader=Batches(data["meta_x"], data["meta_y"], args.batch_size, flip),
             class_counts=data["counts"], steps_per_epoch=len(loader), epochs=args.epochs, config=config,
