@@ -96,11 +96,11 @@ class ResNet32(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def load_digits(args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
+def load_digits() -> tuple[torch.Tensor, ...]:
     """Images ``[N, 1, 32, 32]`` and labels: train, then test (every fifth)."""
-    from sklearn.datasets import load_digits
+    from sklearn import datasets
 
-    digits = load_digits()
+    digits = datasets.load_digits()
     images = F.interpolate(torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16, size=(32, 32))
     labels = torch.tensor(digits.target)
     order = np.random.default_rng(0).permutation(len(labels))  # the same test set for every seed
@@ -215,7 +215,7 @@ def main() -> None:
         x, y, test_x, test_y = load_cifar(args.data)
     else:
         print("No --data: using scikit-learn's digits, made long-tailed.")
-        x, y, test_x, test_y = load_digits(args)
+        x, y, test_x, test_y = load_digits()
     mean, std = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True)
     num_classes = int(y.max()) + 1
     meta, rest = balanced_meta_split(y, args.meta_per_class, seed=args.seed)
