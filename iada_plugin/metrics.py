@@ -71,6 +71,50 @@ def worst_group_interval(
     return float(low), float(high)
 
 
+def weighted_group_accuracy(correct: Any, groups: Any, train_sizes: Any) -> float:
+    """Average of the groups' accuracies, weighted by the groups' shares of the training set (Sagawa et al., 2020): the
+    average accuracy on a test set that is distributed as the training set.
+
+    Args:
+        correct: ``[N]``.
+        groups: ``[N, G]`` memberships.
+        train_sizes: ``[G]`` training samples of each group.
+
+    Raises:
+        ValueError: a group that was trained has no test row.
+    """
+    accuracy, sizes = group_accuracies(correct, groups), np.asarray(train_sizes, dtype=float)
+    if sizes.shape != accuracy.shape:
+        raise ValueError(
+            f"train_sizes must hold one count for each of the {len(accuracy)} groups, got {sizes.tolist()}."
+        )
+    trained = sizes > 0
+    if np.isnan(accuracy[trained]).any():
+        raise ValueError(f"no test row of group {np.flatnonzero(trained & np.isnan(accuracy))[0]}, which was trained.")
+    return float(np.average(accuracy[trained], weights=sizes[trained]))
+
+
+def group_memberships(groups: Any, num_groups: int) -> np.ndarray:
+    """Group indices ``[N]`` as memberships ``[N, G]``."""
+    return np.eye(num_groups, dtype=bool)[np.asarray(groups)]
+
+
+def confusion_matrix(predictions: Any, labels: Any, num_classes: int) -> np.ndarray:
+    """``[C, C]`` counts: row the label, column the prediction; ``predictions`` and ``labels`` are ``[N]``."""
+    cells = np.asarray(labels) * num_classes + np.asarray(predictions)
+    return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def macro_precision(predictions: Any, labels: Any, num_classes: int) -> float:
+    """Mean over classes of the share of right predictions among those of the class; 0 for a class never predicted.
+
+    Classes without a row in ``labels`` are left out.
+    """
+    matrix = confusion_matrix(predictions, labels, num_classes)
+    precision = matrix.diagonal() / matrix.sum(axis=0).clip(min=1)
+    return float(precision[matrix.sum(axis=1) > 0].mean())
+
+
 def class_accuracies(predictions: Any, labels: Any, num_classes: int) -> np.ndarray:
     """Accuracy of each class, ``[C]``, NaN for a class without rows; ``predictions`` and ``labels`` are ``[N]``."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)

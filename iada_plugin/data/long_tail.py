@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from .meta import as_labels
+
 
 def long_tail_counts(num_classes: int, n_max: int, imbalance_ratio: float) -> list[int]:
     """``n_j = int(n_max * IR^(-j / (C - 1)))``: class 0 keeps ``n_max`` samples, the last one ``n_max / IR``.
@@ -38,7 +40,7 @@ def long_tail_subset(labels: Sequence[int] | Any, counts: Sequence[int], seed: i
     """Rows of a subset with ``counts[j]`` samples of class j, drawn at random.
 
     Args:
-        labels: ``[N]``.
+        labels: ``[N]``, or a data set that has them.
         counts: ``[C]``, see :func:`long_tail_counts`.
         seed: of the draw.
 
@@ -48,7 +50,7 @@ def long_tail_subset(labels: Sequence[int] | Any, counts: Sequence[int], seed: i
     Raises:
         ValueError: a class has fewer rows than asked for.
     """
-    labels = np.asarray(labels)
+    labels = as_labels(labels)
     rng = np.random.default_rng(seed)
     rows: list[np.ndarray] = []
     for j, count in enumerate(counts):

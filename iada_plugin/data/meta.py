@@ -15,16 +15,18 @@ def balanced_meta_split(
     per_group: int = 10,
     *,
     groups: Any = None,
+    trusted: Any = None,
     seed: int = 0,
     short: str = "error",
 ) -> tuple[list[int], list[int]]:
     """Draw the same number of rows from every class, or group, and leave the rest.
 
     Args:
-        labels: ``[N]`` class indices (list, array, tensor or column).
+        labels: ``[N]`` class indices (list, array, tensor or column), or a data set that has them.
         per_group: rows to draw from each class, or from each group where ``groups`` is given.
         groups: ``[N]`` group indices, or ``[N, G]`` memberships (0 or 1) of groups that may overlap; a row drawn for one
-            group counts for every group it belongs to.
+            group counts for every group it belongs to. ``label * K + cluster`` balances over class and cluster.
+        trusted: ``[N]`` whether a row's label is known to be right: only such rows are drawn. ``None``: all are.
         seed: of the draw.
         short: what to do with a group of fewer than ``per_group + 1`` rows: "error", or "half" to take half of its rows
             (at least one), with a warning.
@@ -40,9 +42,7 @@ def balanced_meta_split(
         >>> len(meta), len(rest)
         (2, 4)
     """
-    labels = np.asarray(labels)
-    if labels.ndim != 1 or labels.size == 0:
-        raise ValueError(f"labels must be a non-empty list of class indices, got shape {list(labels.shape)}.")
+    labels = as_labels(labels)
     if per_group < 1 or short not in ("error", "half"):
         raise ValueError(f"per_group={per_group} must be at least 1 and short={short!r} 'error' or 'half'.")
     member = np.asarray(labels if groups is None else groups)
@@ -54,19 +54,24 @@ def balanced_meta_split(
     else:
         names = np.arange(member.shape[1])
         member = member.astype(bool)
+    clean = np.ones(len(labels), dtype=bool) if trusted is None else np.asarray(trusted).astype(bool)
+    if clean.shape != labels.shape:
+        raise ValueError(f"trusted must be [N] with N = {len(labels)}, got {list(clean.shape)}.")
     rng = np.random.default_rng(seed)
     taken = np.zeros(len(labels), dtype=bool)
     left = member.sum(axis=0)
     kind = "class" if groups is None else "group"
     # Rare groups first: what they need cannot be used up by others, and what they draw counts for the others.
     for column in np.argsort(member.sum(axis=0), kind="stable"):
-        rows = np.flatnonzero(member[:, column])
+        own = np.flatnonzero(member[:, column])
+        rows = own[clean[own]]
         wanted = per_group
-        if len(rows) <= per_group:
-            message = f"{kind} {names[column]} has {len(rows)} rows: too few to draw {per_group} and leave one."
-            if short == "error" or len(rows) < 2:
+        if len(rows) < per_group or len(own) <= per_group:
+            what = "rows" if trusted is None else f"rows, {len(rows)} of them trusted"
+            message = f"{kind} {names[column]} has {len(own)} {what}: too few to draw {per_group} and leave one."
+            if short == "error" or len(rows) < 1 or len(own) < 2:
                 raise ValueError(message + " Draw fewer (per_group), merge it, or allow less with short='half'.")
-            wanted = len(rows) // 2
+            wanted = max(1, len(rows) // 2)
             warnings.warn(f"{message} {wanted} drawn.")
         missing = wanted - int(taken[rows].sum())
         for row in rng.permutation(rows[~taken[rows]]):
@@ -76,6 +81,29 @@ def balanced_meta_split(
                 taken[row], missing = True, missing - 1
                 left -= member[row]
     return np.flatnonzero(taken).tolist(), np.flatnonzero(~taken).tolist()
+
+
+def as_labels(data: Any) -> np.ndarray:
+    """The labels ``[N]`` of an array, tensor, list, column or data set (see :func:`labels_of`).
+
+    Raises:
+        ValueError: labels that are no class indices.
+        TypeError: a data set whose labels cannot be read without loading its samples.
+    """
+    known = labels_of(data)
+    if known is None and isinstance(data, torch.utils.data.Dataset):
+        raise TypeError(
+            f"the labels of a {type(data).__name__} cannot be read without loading every sample: pass them as an array,"
+            " or give the data set an attribute `targets`."
+        )
+    labels = np.asarray(data if known is None else known)
+    if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iub":
+        raise ValueError(
+            f"labels must be a non-empty list of class indices, got {labels.dtype} of shape {list(labels.shape)}."
+        )
+    if labels.min() < 0:
+        raise ValueError(f"labels must not be negative, got {labels.min()}.")
+    return labels.astype(np.int64)
 
 
 def labels_of(data: Any) -> torch.Tensor | None:
