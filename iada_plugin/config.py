@@ -37,6 +37,7 @@ class IADAConfig:
         None, "Meta samples per meta step, over all processes (Trainer only; default: as many as training samples)."
     )
     meta_lr: float = _setting(1e-3, "Adam learning rate of the perturbation network Omega (iNaturalist: 1e-4).")
+    meta_weight_decay: float = _setting(0.0, "Decoupled weight decay of the perturbation network (AdamW).")
     covariance_lr: float = _setting(
         1e-3, "Step of the class covariances in a meta step, see covariance_step; 0 freezes them."
     )
@@ -69,11 +70,22 @@ class IADAConfig:
         "Size of delta at epsilon = 1: 'unit' per feature (the paper), or 'feature_std' of the sample's class (a constant"
         " in Eq. 9).",
     )
+    fixed_shift: bool = _setting(
+        True,
+        "Do not train the classifier's weights through delta. False is the paper's form: they then adapt to a delta that"
+        " stays, which one virtual step does not foresee.",
+    )
+    prior_in_warmup: bool = _setting(
+        False, "The prior term in the warm-up too: Logit Adjustment instead of plain cross-entropy."
+    )
     seed: int = _setting(0, "Seed of the perturbation network, of the meta sampler and of the meta passes.")
 
     def __post_init__(self) -> None:
         for name, setting in self.__dataclass_fields__.items():
             value = getattr(self, name)
+            if isinstance(setting.default, bool):
+                self._check(name, isinstance(value, bool), "True or False")
+                continue
             number = isinstance(setting.default, (int, float)) or name in _NUMBERS_OR_NONE
             if number and (isinstance(value, bool) or not isinstance(value, (int, float, type(setting.default)))):
                 raise ValueError(f"IADAConfig: {name}={value!r} must be a number.")
@@ -89,6 +101,7 @@ class IADAConfig:
         )
         size = self.meta_batch_size
         self._check("meta_batch_size", size is None or (size >= 1 and size == int(size)), "None or a whole number >= 1")
+        self._check("meta_weight_decay", self.meta_weight_decay >= 0, "at least 0")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
@@ -113,5 +126,5 @@ _CHOICES = {
     "covariance": ("auto", "full", "diagonal"),
     "hypergradient": ("finite_difference", "forward", "head"),
     "schedule": ("lookahead", "online"),
-    "perturbation_scale": ("unit", "feature_std"),
+    "perturbation_scale": ("unit", "feature_std", "margin"),
 }

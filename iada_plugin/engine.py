@@ -27,7 +27,7 @@ from .checks import (
 from .config import IADAConfig
 from .data.meta import labels_of, require_all_classes
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
-from .meta_step import MetaStep
+from .meta_step import MetaStep, mean_loss
 from .statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ class MetaIADA:
         classifier: name of the classifier, or the layer, where it is not found by itself.
         characteristics: functions ``BatchState -> [N]``, the input of the perturbation network.
 
+    Attributes:
+        epsilon: ``[N]`` of the last training batch, ``None`` in warm-up. Low values mark labels that look wrong.
+
     Raises:
         ValueError, TypeError: whatever is found wrong before training starts.
 
@@ -72,6 +75,9 @@ class MetaIADA:
         >>> iada.step, sorted(iada.pop_metrics())[0]
         (2, 'iada/adversarial_ratio')
     """
+
+    #: What learns from the meta set; a subclass may put another one in its place.
+    step_type: type[MetaStep] = MetaStep
 
     def __init__(
         self,
@@ -92,6 +98,7 @@ class MetaIADA:
         self.model, compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
+        self.epsilon: Tensor | None = None
         self.step, self._calls, self._warned, self._closed = 0, 0, False, False
         self.classifier_name, linear = find_classifier(self.model, classifier)
         parameters = check_parameters(self.model, linear, config)
@@ -119,7 +126,7 @@ class MetaIADA:
             self._restore_head()
             raise
         self.capture = Capture(self.model, self.head, compiled)
-        self.meta = MetaStep(
+        self.meta = self.step_type(
             self.capture, self.optimizer, parameters, self.meta_batches, len(self.statistics.characteristics), config
         )
         try:
@@ -196,14 +203,20 @@ class MetaIADA:
         target = target.long()
         if self.in_warmup:
             self.statistics.observe(forward, target, characteristics=self.step >= self.statistics_start)
-            return _mean_loss(output.to(forward.dtype), target, denominator)
+            output = output.to(forward.dtype)
+            if self.config.prior_in_warmup and self.config.beta != 0:
+                output = output + self.config.beta * self.statistics.log_prior()
+            return mean_loss(output, target, denominator)
         first = self.statistics.begin_augmentation()
         f = self.statistics.observe(forward, target, characteristics=True)
-        if first and (self.step - self.warmup_steps) % self.config.meta_every == 0:
+        due = (self.step - self.warmup_steps) % self.config.meta_every == 0
+        # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
+        if first and due and (self.config.meta_lr > 0 or self.config.covariance_lr > 0):
             self.meta(forward, target, f, self.step)
         epsilon = self.meta.epsilon(f)
         self.meta.log.add(epsilon, target)
-        return _mean_loss(self.meta.logits(forward.features, target, epsilon), target, denominator)
+        self.epsilon = epsilon
+        return self.meta.train_loss(forward.features, target, epsilon, denominator)
 
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self.step < self.statistics_start:
@@ -261,9 +274,3 @@ class MetaIADA:
     def _restore_head(self) -> None:
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
             restore_linear(self.head)
-
-
-def _mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
-    if denominator is None:
-        return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, reduction="sum") / denominator

@@ -31,6 +31,28 @@ def perturbation_direction(logits: Tensor, weight: Tensor, labels: Tensor) -> Te
         return (residual @ weight).sign_()
 
 
+def margin_scale(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Size of a perturbation along :func:`perturbation_direction` that changes the margin by one.
+
+    The margin is that of the own logit over the other classes, which are weighted by their probabilities ``p_j / (1 -
+    p_y)``; it falls by ``|sum_j p_j / (1 - p_y) (w_j - w_y)|_1`` for each unit of the perturbation, whatever the number of
+    features and the size of the weights.
+
+    Args:
+        features: ``[N, H]``.
+        weight: ``[C, H]``.
+        bias: ``[C]`` or ``None``.
+        labels: ``[N]``.
+
+    Returns:
+        ``[N]``.
+    """
+    logits = F.linear(features, weight, bias).scatter(1, labels[:, None], -torch.inf)
+    others = logits.softmax(dim=1)
+    slope = (others @ weight - weight[labels]).abs().sum(dim=1)
+    return 1 / slope.clamp_min(1e-6)
+
+
 def class_variance_term(weight: Tensor, classes: Tensor, covariance: Tensor) -> Tensor:
     """:func:`variance_term` for each class of a list instead of each sample.
 
@@ -81,6 +103,7 @@ def iada_logits(
     log_prior: Tensor | None = None,
     alpha: float = 0.5,
     beta: float = 1.0,
+    fixed_shift: bool = False,
 ) -> Tensor:
     """``z_ij = w_j (h_i + eps_i s_i) + b_j + alpha rho_ij + beta log pi_j`` (Eq. 6 of the paper).
 
@@ -98,6 +121,8 @@ def iada_logits(
         log_prior: ``[C]`` log class proportions.
         alpha: weight of the variance term; 0 leaves it out.
         beta: weight of the prior term; 0 leaves it out, so that a class with prior 0 gives no NaN.
+        fixed_shift: take the change of the logits that the perturbation makes, ``eps_i s_i w_j``, for a constant. Otherwise
+            ``weight`` is trained through it.
 
     Returns:
         ``[N, C]``. With every term zero it equals ``F.linear(features, weight, bias)`` bit for bit.
@@ -106,7 +131,8 @@ def iada_logits(
     augmented = logits
     if epsilon is not None:
         direction = perturbation_direction(logits, weight, labels)
-        augmented = augmented + epsilon[:, None] * F.linear(direction, weight)
+        through = weight.detach() if fixed_shift else weight
+        augmented = augmented + epsilon[:, None] * F.linear(direction, through)
     if covariance is not None and alpha != 0:
         augmented = augmented + alpha * variance_term(weight, labels, covariance)
     if log_prior is not None and beta != 0:

@@ -144,6 +144,7 @@ class IADAHead(nn.Linear):
         epsilon: Tensor | None = None,
         alpha: float = 0.5,
         beta: float = 1.0,
+        fixed_shift: bool = False,
     ) -> Tensor:
         """The IADA logits of a batch, see :func:`iada_plugin.functional.iada_logits`.
 
@@ -153,6 +154,7 @@ class IADAHead(nn.Linear):
             epsilon: ``[N]`` or ``None`` for no perturbation term.
             alpha: weight of the variance term, 0 leaves it out.
             beta: weight of the prior term, 0 leaves it out.
+            fixed_shift: do not train ``weight`` through the perturbation.
 
         Returns:
             ``[N, C]`` in the precision of the statistics.
@@ -169,6 +171,7 @@ class IADAHead(nn.Linear):
             self.log_prior,
             alpha,
             beta,
+            fixed_shift,
         )
 
 

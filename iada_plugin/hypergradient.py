@@ -145,6 +145,7 @@ def head_hypergradient(
     log_prior: Tensor,
     alpha: float,
     beta: float,
+    fixed_shift: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``d/d(eps, Sigma)`` of the directional derivative of the mean IADA loss along a tangent; closed form.
 
@@ -157,6 +158,7 @@ def head_hypergradient(
         covariance: ``[C, H, H]`` or ``[C, H]``.
         log_prior: ``[C]``.
         alpha, beta: weights of the variance and prior terms.
+        fixed_shift: as in :func:`iada_plugin.functional.iada_logits`.
 
     Returns:
         ``[N]`` for epsilon; the ``[U]`` classes present; ``[U, H, H]`` or ``[U, H]`` for their covariances.
@@ -170,7 +172,8 @@ def head_hypergradient(
         logits = iada_logits(features, weight, bias, labels, epsilon, covariance, log_prior, alpha, beta)
         q = logits.softmax(dim=1)
         residual = q.scatter_add(1, labels[:, None], -torch.ones_like(q[:, :1]))  # dL/dz = q - e_y
-        push, push_dot = direction @ weight.T, direction @ weight_dot.T  # dz/d eps and its tangent
+        push = direction @ weight.T  # dz / d eps
+        push_dot = torch.zeros_like(push) if fixed_shift else direction @ weight_dot.T
         logits_dot = features_dot @ weight.T + features @ weight_dot.T + epsilon[:, None] * push_dot
         if bias_dot is not None:
             logits_dot = logits_dot + bias_dot

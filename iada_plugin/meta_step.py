@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,27 @@ from .checks import REENTRANT, check_labels
 from .config import IADAConfig
 from .covariance import plain_step, relative_step
 from .distributed import gather_rows, weighted_average_
+from .functional import margin_scale
 from .head import IADAHead
 from .perturbation import EpsilonLog, PerturbationNetwork
+
+
+class LinearTangent(NamedTuple):
+    """What the last layer sees of a batch, and its tangent along the meta gradient."""
+
+    features: Tensor  # [N, H]
+    weight: Tensor  # [C, H]
+    bias: Tensor | None  # [C]
+    features_dot: Tensor  # [N, H]
+    weight_dot: Tensor  # [C, H]
+    bias_dot: Tensor | None  # [C]
+
+
+def mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
+    """Cross-entropy: the mean, or the sum over ``denominator``."""
+    if denominator is None:
+        return F.cross_entropy(logits, labels)
+    return F.cross_entropy(logits, labels, reduction="sum") / denominator
 
 
 class MetaStep:
@@ -48,7 +67,9 @@ class MetaStep:
         self.perturbation = PerturbationNetwork(
             num_characteristics, epsilon_range=config.epsilon_range, seed=config.seed
         ).to(self.head.covariance.device, self.head.covariance.dtype)
-        self.meta_optimizer = torch.optim.Adam(self.perturbation.parameters(), lr=config.meta_lr)
+        self.meta_optimizer = torch.optim.AdamW(
+            self.perturbation.parameters(), lr=config.meta_lr, weight_decay=config.meta_weight_decay
+        )
         self.log = EpsilonLog(self.head.out_features)
         self.skipped = 0
         self._checked = False
@@ -61,15 +82,25 @@ class MetaStep:
 
     def logits(self, features: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
         """IADA logits ``[N, C]`` with the configured terms."""
-        if self.config.perturbation_scale == "feature_std":
-            epsilon = epsilon * self._delta_scale()[labels]
-        return self.head.iada_logits(features, labels, epsilon, self.config.alpha, self.config.beta)
+        if self.config.perturbation_scale != "unit":
+            epsilon = epsilon * self._delta_scale(features.detach(), self.head.weight, self.head.bias, labels)
+        config = self.config
+        return self.head.iada_logits(features, labels, epsilon, config.alpha, config.beta, config.fixed_shift)
 
-    def _delta_scale(self) -> Tensor:
-        """Size of delta at epsilon = 1 for each class, ``[C]``."""
+    def train_loss(
+        self, features: Tensor, labels: Tensor, epsilon: Tensor, denominator: Tensor | float | None = None
+    ) -> Tensor:
+        """IADA loss of a batch: its mean, or its sum over ``denominator``."""
+        return mean_loss(self.logits(features, labels, epsilon), labels, denominator)
+
+    @torch.no_grad()
+    def _delta_scale(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        """Size of delta in every feature at epsilon = 1: ``[N]``."""
         if self.config.perturbation_scale == "unit":
-            return torch.ones_like(self.head.class_count)
-        return self.head.feature_std()
+            return torch.ones_like(features[:, 0], dtype=self.head.covariance.dtype)
+        if self.config.perturbation_scale == "feature_std":
+            return self.head.feature_std()[labels]
+        return margin_scale(features, weight, bias, labels).to(self.head.covariance.dtype)
 
     def __call__(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> None:
         """Update Omega and Sigma. The model's parameters and buffers and the random state end as they were.
@@ -115,7 +146,7 @@ class MetaStep:
     ) -> list[Tensor]:
         """Gradient of the mean IADA loss on the train batch (Eq. 7); the graph stays for the caller's backward pass."""
         features = forward.features.detach() if self._head_only else forward.features
-        loss = F.cross_entropy(self.logits(features, labels, self.epsilon(f)), labels)
+        loss = self.train_loss(features, labels, self.epsilon(f))
         gradient = _gradient(loss, parameters, forward, retain_graph=True)
         weighted_average_(gradient, labels.numel())
         return gradient
@@ -204,33 +235,36 @@ class MetaStep:
         eta: float,
     ) -> None:
         """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step."""
-        head, config = self.head, self.config
+        head = self.head
         dtype = head.covariance.dtype
         tangent = {id(p): d.to(dtype) for p, d in zip(self.parameters.values(), direction, strict=True)}
         weight = head.weight.to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
-        labels, f = gather_rows(labels), gather_rows(f)
-        scale = self._delta_scale()[labels]
-        with torch.enable_grad():
-            epsilon = self.perturbation(f)
-        for_epsilon, classes, for_covariance = hg.head_hypergradient(
+        layer = LinearTangent(
             gather_rows(features.to(dtype)),
             weight,
             bias,
             gather_rows(features_dot.to(dtype)),
             tangent.get(id(head.weight), torch.zeros_like(weight)),
             tangent.get(id(head.bias)),
-            labels,
-            epsilon.detach() * scale,
-            head.covariance,
-            head.log_prior,
-            config.alpha,
-            config.beta,
         )
-        finite = torch.isfinite(meta_loss) & torch.isfinite(for_epsilon).all() & torch.isfinite(for_covariance).all()
-        if not bool(finite):
+        if self._learn(layer, gather_rows(labels), gather_rows(f), torch.isfinite(meta_loss), eta):
+            self.log.add_meta_loss(meta_loss)
+        else:
             self._skip()
-            return
+
+    def _learn(self, layer: LinearTangent, labels: Tensor, f: Tensor, finite: Tensor, eta: float) -> bool:
+        """Step Omega and Sigma; returns whether everything was finite. Otherwise nothing is changed."""
+        head, config = self.head, self.config
+        scale = self._delta_scale(layer.features, layer.weight, layer.bias, labels)
+        with torch.enable_grad():
+            epsilon = self.perturbation(f)
+        for_epsilon, classes, for_covariance = hg.head_hypergradient(
+            *layer, labels, epsilon.detach() * scale, head.covariance, head.log_prior, config.alpha, config.beta,
+            config.fixed_shift,
+        )  # fmt: skip
+        if not bool(finite & torch.isfinite(for_epsilon).all() & torch.isfinite(for_covariance).all()):
+            return False
         # d meta / d(eps, Sigma) is -eta times what was computed.
         self.meta_optimizer.zero_grad()
         epsilon.backward(-for_epsilon * scale)
@@ -241,7 +275,7 @@ class MetaStep:
                 head.covariance[classes] = relative_step(own, -for_covariance, config.covariance_lr)
             else:
                 head.covariance[classes] = plain_step(own, -eta * for_covariance, config.covariance_lr)
-        self.log.add_meta_loss(meta_loss)
+        return True
 
     def _skip(self) -> None:
         self.skipped += 1

@@ -49,6 +49,8 @@ class PerturbationNetwork(nn.Module):
         f = (characteristics - self.mean) / (self.var + 1e-8).sqrt()
         raw = self.output(torch.relu(self.hidden(f.clamp(-5, 5)))).squeeze(1)
         low, high = self.epsilon_range
+        if low < 0 < high:
+            return torch.tanh(raw) * torch.where(raw > 0, high, -low)
         return 0.5 * (low + high) + 0.5 * (high - low) * torch.tanh(raw)
 
     @torch.no_grad()

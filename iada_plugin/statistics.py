@@ -38,6 +38,13 @@ class Statistics:
         """Forget what is pending, for another state."""
         self._pending, self._ready, self.prior_known = [], False, prior_known
 
+    def log_prior(self) -> Tensor:
+        """Log class proportions ``[C]``: the known ones, else of the samples so far (one more of each class)."""
+        if self.prior_known:
+            return self.head.log_prior
+        counts = self.label_count + 1
+        return (counts / counts.sum()).log()
+
     def begin_augmentation(self) -> bool:
         """Check, after the warm-up, that there is something to augment with.
 

@@ -15,14 +15,17 @@ def naive_variance_term(weight, labels, covariance):
     return rho
 
 
-def naive_logits(features, weight, bias, labels, epsilon, covariance, log_prior, alpha, beta):
+def naive_logits(features, weight, bias, labels, epsilon, covariance, log_prior, alpha, beta, fixed_shift=False):
     """Eq. 6 with the direction from autograd."""
     h = features.detach().requires_grad_()
     loss = F.cross_entropy(
         F.linear(h, weight.detach(), None if bias is None else bias.detach()), labels, reduction="sum"
     )
     direction = torch.autograd.grad(loss, h)[0].sign()
-    z = F.linear(features + epsilon[:, None] * direction, weight, bias)
+    if fixed_shift:
+        z = F.linear(features, weight, bias) + epsilon[:, None] * F.linear(direction, weight.detach())
+    else:
+        z = F.linear(features + epsilon[:, None] * direction, weight, bias)
     return z + alpha * naive_variance_term(weight, labels, covariance) + beta * log_prior
 
 
@@ -44,7 +47,7 @@ def double_backward(features_of, parameters, train, meta, head, epsilon, sigma, 
 
     values = {n: p.detach().clone().requires_grad_() for n, p in parameters.items()}
     h, w, b = logits(values, train)
-    z = naive_logits(h, w, b, labels, epsilon, sigma, head.log_prior, config.alpha, config.beta)
+    z = naive_logits(h, w, b, labels, epsilon, sigma, head.log_prior, config.alpha, config.beta, config.fixed_shift)
     grads = torch.autograd.grad(F.cross_entropy(z, labels), list(values.values()), create_graph=True)
     step = lr if lr else 1.0
     virtual = {n: v - step * g for (n, v), g in zip(values.items(), grads, strict=True)}

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
+from iada_plugin.perturbation import PerturbationNetwork
 
 NEUTRAL = {"alpha": 0.0, "beta": 0.0, "meta_lr": 0.0}
 
@@ -100,7 +101,7 @@ def test_micro_batches_equal_one_batch(warmup):
         head = IADAHead.from_linear(model.fc, class_counts=[9, 5, 2])
         head.update_statistics(torch.randn(30, 16, generator=torch.Generator().manual_seed(0)), torch.arange(30) % 3)
         model.fc = head
-        iada, optimizer = make(model, vectors(seed=1), warmup=warmup, meta_lr=0.0, covariance_lr=0.0)
+        iada, optimizer = make(model, vectors(seed=1), warmup=warmup, meta_lr=1e-30, covariance_lr=0.0)
         nn.init.normal_(iada.meta.perturbation.output.weight, generator=torch.Generator().manual_seed(2))
         engines.append((iada, optimizer))
     for step in range(3):
@@ -701,5 +702,43 @@ def test_epsilon_range_and_scale_of_delta():
         warnings.simplefilter("error")
         iada(model(vectors()[0]), vectors()[1])
     assert iada.pop_metrics()["iada/epsilon_mean"] == pytest.approx(-0.5, abs=0.05)
-    scale = iada.meta._delta_scale()
-    torch.testing.assert_close(scale, iada.head.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt())
+    labels = torch.tensor([2, 0])
+    scale = iada.meta._delta_scale(torch.zeros(2, 16), iada.head.weight, iada.head.bias, labels)
+    spread = iada.head.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
+    torch.testing.assert_close(scale, spread[labels])
+
+
+def test_epsilon_starts_at_zero_inside_its_range():
+    network = PerturbationNetwork(3, epsilon_range=(-8.0, 2.0))
+    f = torch.randn(400, 3)
+    assert not network(f).any()
+    with torch.no_grad():
+        network.output.weight.normal_(0, 9, generator=torch.Generator().manual_seed(0))
+    epsilon = network(f)
+    assert -8 <= epsilon.min() < -7.9 and 1.9 < epsilon.max() <= 2
+
+
+def test_with_nothing_to_learn_there_is_no_meta_step():
+    model, iada = criterion(warm=True, meta_lr=0.0, covariance_lr=0.0)
+    iada(model(vectors()[0]), vectors()[1])
+    assert iada.meta_batches.drawn == 0 and not iada.epsilon.any()
+
+
+def test_prior_in_the_warmup_is_logit_adjustment():
+    torch.manual_seed(0)
+    x, y = vectors()
+    for counts in ([80, 15, 5], None):
+        model = MLP()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        config = IADAConfig(warmup_epochs=2, prior_in_warmup=True)
+        iada = MetaIADA(model, optimizer, meta_loader=[vectors(seed=1)], steps_per_epoch=1, epochs=3, config=config, class_counts=counts)  # fmt: skip
+        seen = torch.ones(3)  # without counts: of the samples so far, one more of each class
+        for _ in range(2):
+            output = model(x)
+            prior = torch.tensor(counts or seen.tolist())
+            loss = iada(output, y)
+            torch.testing.assert_close(loss, F.cross_entropy(output + (prior / prior.sum()).log(), y))
+            loss.backward()
+            optimizer.step()
+            seen += torch.bincount(y, minlength=3)
+        iada.close()

@@ -53,6 +53,36 @@ def test_logits_against_the_formula(full):
     torch.testing.assert_close(IF.iada_logits(h, w, None, y, e, s, p), naive_logits(h, w, None, y, e, s, p, 0.5, 1.0))
 
 
+def test_a_fixed_shift_changes_no_logit_and_trains_no_weight():
+    h, w, b, y, e, s, p = data()
+    w.requires_grad_()
+    found = IF.iada_logits(h, w, b, y, e, s, p, 0.0, 0.0, fixed_shift=True)
+    paper = IF.iada_logits(h, w, b, y, e, s, p, 0.0, 0.0)
+    torch.testing.assert_close(found, paper)
+    upstream = torch.randn_like(found)
+    (fixed,) = torch.autograd.grad(found, w, upstream)
+    torch.testing.assert_close(fixed, upstream.T @ h)  # that of a plain Linear
+    assert not torch.allclose(fixed, torch.autograd.grad(paper, w, upstream)[0])
+
+
+def test_margin_scale_moves_the_margin_by_one():
+    """The margin over the other classes, weighted by their probabilities, by autograd and one explicit step."""
+    h, w, b, y, *_ = data()
+    scale = IF.margin_scale(h, w, b, y)
+    z = F.linear(h, w, b)
+    others = z.softmax(1).scatter(1, y[:, None], 0.0)
+    others = others / others.sum(1, keepdim=True)
+
+    def margin(z):
+        return z.gather(1, y[:, None]).squeeze(1) - (others * z).sum(1)
+
+    moved = F.linear(h + scale[:, None] * IF.perturbation_direction(z, w, y), w, b)
+    torch.testing.assert_close(margin(z) - margin(moved), torch.ones(len(y), dtype=z.dtype))
+    # a sample that is certain, and weights of any size
+    assert torch.isfinite(IF.margin_scale(1e4 * h, w, b, y)).all()
+    torch.testing.assert_close(IF.margin_scale(h / 100, 100 * w, b, y), scale / 100)
+
+
 def test_each_term_can_be_left_out():
     h, w, b, y, e, s, p = data()
     plain = F.linear(h, w, b)

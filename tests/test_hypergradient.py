@@ -47,6 +47,7 @@ def run(
     covariance="full",
     lr=0.1,
     autocast=False,
+    fixed_shift=True,
 ):
     """Hypergradients (epsilon, Sigma) that the engine applies, and those of the oracle in float64."""
     model, train, meta = problem(name, dropout, attention)
@@ -54,7 +55,8 @@ def run(
     train, meta = cast(train, dtype), cast(meta, dtype)
     classes = int(train["labels"].max()) + 1
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    config = IADAConfig(warmup_epochs=1, hypergradient=mode, schedule=schedule, covariance=covariance, meta_lr=0.0)
+    config = IADAConfig(warmup_epochs=1, hypergradient=mode, schedule=schedule, covariance=covariance, meta_lr=0.0,
+                        perturbation_scale="unit", fixed_shift=fixed_shift)  # fmt: skip
     meta_pair = ({k: v for k, v in meta.items() if k != "labels"}, meta["labels"])
     if name != "distilbert":
         meta_pair = (meta["x"], meta["labels"])
@@ -166,6 +168,11 @@ def test_finite_differences_in_float32_on_batchnorm_networks(name):
     for found, expected in zip(*run(name, torch.float32, "finite_difference", covariance=covariance), strict=True):
         assert error(found, expected) < 2e-2
         assert cosine(found, expected) > 0.999
+
+
+def test_the_papers_form_with_weights_trained_through_delta():
+    for found, expected in zip(*run("distilbert", torch.float64, "forward", fixed_shift=False), strict=True):
+        assert error(found, expected) < 1e-9
 
 
 @pytest.mark.parametrize("mode,bound", [("forward", 1e-9), ("finite_difference", 1e-5), ("head", 1e-9)])
