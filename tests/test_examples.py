@@ -84,7 +84,10 @@ def test_civilcomments_errors_are_one_line(tmp_path):
     assert "has no row of the group 'white, not toxic'" in out and "Traceback" not in out
 
 
-def test_long_tail_on_cifars_layout(tmp_path):
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """A folder in CIFAR's layout: classes are brightnesses."""
+    folder = tmp_path_factory.mktemp("cifar")
     rng = np.random.default_rng(0)
 
     def png(label):
@@ -94,28 +97,91 @@ def test_long_tail_on_cifars_layout(tmp_path):
 
     for split, n in (("train", 200), ("test", 50)):
         labels = [i % 10 for i in range(n)]
-        Dataset.from_dict({"img": [png(c) for c in labels], "label": labels}).to_parquet(
-            tmp_path / f"cifar10-{split}.parquet"
-        )
-    out = run("long_tail.py", "--data", tmp_path, "--epochs", 3, "--warmup-ratio", 0.5, "--meta-per-class", 2, "--batch-size", 16,
-              "--imbalance-ratio", 5, "--device", "cpu", "--output", tmp_path / "out")  # fmt: skip
-    assert "training samples per class: 18 15 12 10 8 7 6 5 4 3" in out
+        table = Dataset.from_dict({"img": [png(c) for c in labels], "label": labels})
+        table.to_parquet(folder / f"cifar10-{split}.parquet")
+    clean = np.array([i % 10 for i in range(200)], dtype=np.uint8)
+    np.savez(folder / "cifar10n.npz", clean_label=clean, worse_label=(clean + (np.arange(200) % 3 == 0)) % 10)
+    return folder
+
+
+SHORT = ("--epochs", 3, "--warmup-ratio", 0.5, "--batch-size", 16, "--device", "cpu")
+
+
+def test_long_tail_on_cifars_layout(cifar, tmp_path):
+    out = run("long_tail.py", "--data", cifar, *SHORT, "--meta-per-class", 2, "--imbalance-ratio", 5, "--output", tmp_path / "out")  # fmt: skip
+    assert "training samples per class: 18 15 12 10 8 7 6 5 4 3" in out and "resnet32" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    for found in results["methods"].values():
-        assert len(found["per_class"]) == 10 and found["accuracy"] == pytest.approx(np.mean(found["per_class"]))
     ce, iada = (results["methods"][m]["curve"] for m in ("ce", "iada"))
-    assert ce[0] == {k: iada[0][k] for k in ce[0]}  # the same start, bit for bit
-    assert "iada/meta_loss" in iada[-1]
+    shared = ("loss", "train_accuracy")
+    assert [ce[0][k] for k in shared] == [iada[0][k] for k in shared]  # the same start, bit for bit
+    assert "iada/meta_loss" in iada[-1] and "iada/meta_loss" not in iada[0]
+    assert results["versions"]["iada_plugin"]
+    for found in results["methods"].values():
+        assert 0 <= found["metrics"]["accuracy"] <= 1
     out = run("long_tail.py", "--data", tmp_path / "out", ok=False)
     assert "no *train*.parquet" in out and "Traceback" not in out
 
 
-def test_long_tail_on_digits_with_a_timm_model(tmp_path):
-    out = run("long_tail.py", "--epochs", 2, "--warmup-ratio", 0.5, "--device", "cpu", "--output", tmp_path)
-    assert "few (< 20)" in out and "Meta-IADA" in out
+def test_long_tail_on_image_lists(tmp_path):
+    for split, n in (("train", 24), ("test", 8)):
+        lines = []
+        for i in range(n):
+            path = tmp_path / split / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(np.full((40, 40, 3), 200 * (i % 2), np.uint8)).save(path)
+            lines.append(f"{split}/{i}.png {i % 2}")
+        (tmp_path / f"Places_LT_{split}.txt").write_text("\n".join(lines))
+    out = run("long_tail.py", "--data", tmp_path, *SHORT, "--model", "resnet10t", "--image-size", 32, "--meta-per-class", 2,
+              "--output", tmp_path / "out")  # fmt: skip
+    assert "meta 4, test 8" in out and "Meta-IADA" in out
+
+
+def test_long_tail_on_texts(tmp_path):
+    rng = np.random.default_rng(0)
+    words = [["oil", "crude"], ["grain", "wheat"], ["ship", "port"]]
+    rows = {"text": [], "label": [], "split": []}
+    for label, n in enumerate((60, 12, 2)):
+        for split in ("train", "test"):
+            for _ in range(n):
+                rows["text"].append(" ".join(rng.choice(words[label] + ["the", "of"], 8)))
+                rows["label"].append(f"class{label}")
+                rows["split"].append(split)
+    Dataset.from_dict(rows).to_parquet(tmp_path / "r.parquet")
+    out = run("long_tail.py", "--data", tmp_path / "r.parquet", *SHORT, "--output", tmp_path / "out")
+    # ten for the meta set where a class has them, else half
+    assert "training samples per class: 50 2 1; meta 21" in out and "mean of classes" in out
+
+
+def test_noisy_labels(cifar, tmp_path):
+    out = run("noisy_labels.py", "--data", cifar, *SHORT, "--noise", "worse_label", "--meta-per-class", 2, "--model", "resnet8",
+              "--image-size", 16, "--method", "ce", "iada", "--output", tmp_path / "out")  # fmt: skip
+    assert "AUROC of wrong labels" in out
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["methods"]
+    assert all(0 <= found[m]["noise_auroc"] <= 1 for m in found)
+    out = run("noisy_labels.py", "--noise", "worse_label", ok=False)
+    assert "error: noise 'worse_label' is CIFAR-10N's" in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("name", ["long_tail", "noisy_labels", "generalized_long_tail", "subpopulation"])
+def test_built_in_samples(name, tmp_path):
+    out = run(f"{name}.py", *SHORT, "--method", "iada", "--output", tmp_path)
+    assert "built-in samples" in out and "Meta-IADA" in out and "Wrote" in out
+
+
+def test_options_are_checked():
+    for arguments, message in (
+        (("--config", "alfa=1"), "--config alfa=1: give NAME=VALUE"),
+        (("--config", "alpha=-1"), "alpha=-1 must be at least 0"),
+        (("--model", "resnet33"), "no network 'resnet33'"),
+    ):
+        out = run("long_tail.py", *arguments, ok=False)
+        assert message in out and "Traceback" not in out
+    out = run("subpopulation.py", "--dataset", "waterbirds", ok=False)
+    assert "needs --data" in out and "Traceback" not in out
 
 
 @pytest.mark.slow
 def test_the_default_jobs(tmp_path):
     assert "(SYNTHETIC data)" in run("civilcomments.py", "--output", tmp_path / "a")
-    assert "Wrote" in run("long_tail.py", "--output", tmp_path / "b")
+    for name in ("long_tail", "noisy_labels", "generalized_long_tail", "subpopulation"):
+        assert "Wrote" in run(f"{name}.py", "--output", tmp_path / name)

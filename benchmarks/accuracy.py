@@ -1,0 +1,305 @@
+"""Accuracy of every method on every scenario, over seeds; resumable.
+
+    python benchmarks/accuracy.py --data DATA --size cpu                       # everything, one run after the other
+    python benchmarks/accuracy.py --data DATA --size cpu --scenario cifar10_lt --method ce iada --seeds 0 1 2
+    python benchmarks/accuracy.py --render                                     # tables from what is there
+
+DATA holds cifar10/ (Parquet files, and cifar10n.npz), mnist/ (IDX files), hatexplain/all_data_with_identities.csv and
+reuters52/reuters52.parquet; what is missing is skipped by name. Each run appends one line to
+benchmarks/results/accuracy_SIZE.jsonl; a run that is there already is not repeated, so that a killed grid goes on where it
+was, and several processes may share the work (--part 1/2, --part 2/2). Settings were chosen on validation samples
+(benchmarks/results/study.md); this script is where the test samples are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import baselines
+import numpy as np
+import torch
+from scipy.stats import ttest_rel
+
+from iada_plugin import metrics
+from iada_plugin.recipes import scenarios as make
+from iada_plugin.recipes.methods import Method, run_method, versions, with_overrides
+from iada_plugin.recipes.scenarios import Scenario
+
+RESULTS = Path(__file__).parent / "results"
+METHODS: dict[str, Method] = baselines.METHODS
+
+
+@dataclass
+class Task:
+    """One row of the grid.
+
+    Attributes:
+        title: for the table.
+        file: what it needs, below DATA.
+        build: makes the scenario from that file and a seed.
+        methods: names in ``METHODS``.
+        settings: overrides, the same for every method.
+    """
+
+    title: str
+    file: str
+    build: Callable[[str, int], Scenario]
+    methods: list[str]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_LONG_TAIL = ["ce", "focal", "cb_ce", "cb_focal", "ldam_drw", "la", "isda", "isda_prior", "metasaug", "mwn", "ce_meta",
+              "last_layer", "iada_paper", "iada"]  # fmt: skip
+_NOISE = ["ce", "gce", "mwn", "ce_meta", "last_layer", "iada_paper", "iada"]
+_GROUPS = ["ce", "la", "group_dro", "mwn", "ce_meta", "last_layer", "iada_paper", "iada"]
+
+#: Two CPU cores: CIFAR-10 at 16 x 16 pixels, ResNet-8, 5,000 training images.
+CPU: dict[str, Task] = {
+    "cifar10_lt": Task(
+        "CIFAR10-LT 100:1 (largest class 2,000), 16 x 16, ResNet-8, 36 epochs", "cifar10",
+        lambda data, seed: make.long_tail(data, n_max=2000, val_per_class=500, image_size=16, seed=seed), _LONG_TAIL,
+        {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 16 / 36},
+    ),
+    "cifar10_flip2_40": Task(
+        "CIFAR-10, flip2 noise 40 %, 5,000 images, 16 x 16, ResNet-8, no crops, 32 epochs", "cifar10",
+        lambda data, seed: make.label_noise(data, kind="flip2", rate=0.4, samples_per_class=500, val_per_class=300,
+                                            image_size=16, augment=False, seed=seed), _NOISE,
+        {"model": "resnet8", "epochs": 32, "milestones": (22 / 32, 28 / 32)},
+    ),
+    "cifar10n_worst": Task(
+        "CIFAR-10N worst labels (40 % human noise), 5,000 images, 16 x 16, ResNet-8, no crops, 32 epochs", "cifar10",
+        lambda data, seed: make.label_noise(data, kind="worse_label", samples_per_class=500, val_per_class=300,
+                                            image_size=16, augment=False, seed=seed), _NOISE,
+        {"model": "resnet8", "epochs": 32, "milestones": (22 / 32, 28 / 32)},
+    ),
+    "cifar10_balanced": Task(
+        "Balanced clean CIFAR-10 (no harm), 5,000 images, 16 x 16, ResNet-8, 32 epochs", "cifar10",
+        lambda data, seed: make.label_noise(data, kind="none", samples_per_class=500, val_per_class=300,
+                                            meta_per_class=10, image_size=16, seed=seed),
+        ["ce", "iada_paper", "iada"],
+        {"model": "resnet8", "epochs": 32, "milestones": (22 / 32, 28 / 32)},
+    ),
+    "cifar10_glt": Task(
+        "CIFAR-10 generalized long tail (classes 20:1, six pixel clusters a class), 16 x 16, ResNet-8, 36 epochs", "cifar10",
+        lambda data, seed: make.generalized_long_tail(data, imbalance_ratio=20, n_max=1200, image_size=16, seed=seed),
+        ["ce", "la", "metasaug", "iada_paper", "iada"],
+        {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 16 / 36},
+    ),
+    "colored_mnist": Task(
+        "Colored MNIST, 6,000 training images, small convolutional network, 20 epochs", "mnist",
+        lambda data, seed: make.colored_mnist(data, rows=12000, seed=seed), [m for m in _GROUPS if m != "la"] + ["lisa"],
+        {"epochs": 20},
+    ),
+    "hatexplain": Task(
+        "HateXplain in CivilComments' layout, two-layer DistilBERT from scratch, 3 epochs", "hatexplain/all_data_with_identities.csv",
+        lambda data, seed: make.comments(data, seed=seed), ["ce", "la", "group_dro", "last_layer", "iada"], {"epochs": 3},
+    ),
+    "reuters52": Task(
+        "Reuters R52 (natural long tail), averaging network, 30 epochs", "reuters52/reuters52.parquet",
+        lambda data, seed: make.long_tail(data, seed=seed, meta_per_class=5),
+        ["ce", "cb_ce", "la", "isda_prior", "metasaug", "mwn", "ce_meta", "iada_paper", "iada"],
+    ),
+}  # fmt: skip
+
+#: One GPU: the published sizes.
+GPU: dict[str, Task] = {
+    "cifar10_lt": Task("CIFAR10-LT 100:1, ResNet-32, 200 epochs", "cifar10",
+                       lambda data, seed: make.long_tail(data, seed=seed), ["ce", "la", "metasaug", "iada_paper", "iada"]),
+    "cifar10_flip2_40": Task("CIFAR-10, flip2 noise 40 %, ResNet-32, 60 epochs", "cifar10",
+                             lambda data, seed: make.label_noise(data, rate=0.4, seed=seed), ["ce", "mwn", "iada_paper", "iada"]),
+    "cifar10n_worst": Task("CIFAR-10N worst labels, ResNet-32, 60 epochs", "cifar10",
+                           lambda data, seed: make.label_noise(data, kind="worse_label", seed=seed), ["ce", "mwn", "iada"]),
+    "cifar10_lt_10": Task("CIFAR10-LT 10:1, ResNet-32, 200 epochs", "cifar10",
+                          lambda data, seed: make.long_tail(data, imbalance_ratio=10, seed=seed), ["ce", "la", "metasaug", "iada"]),
+    "cifar10_flip2_20": Task("CIFAR-10, flip2 noise 20 %, ResNet-32, 60 epochs", "cifar10",
+                             lambda data, seed: make.label_noise(data, rate=0.2, seed=seed), ["ce", "mwn", "iada"]),
+    "cifar10_balanced": Task("Balanced clean CIFAR-10, ResNet-32, 60 epochs", "cifar10",
+                             lambda data, seed: make.label_noise(data, kind="none", meta_per_class=10, seed=seed), ["ce", "iada"]),
+    "colored_mnist": Task("Colored MNIST, small convolutional network", "mnist",
+                          lambda data, seed: make.colored_mnist(data, seed=seed), [*_GROUPS, "lisa"]),
+    "hatexplain": Task("HateXplain, two-layer DistilBERT from scratch", "hatexplain/all_data_with_identities.csv",
+                       lambda data, seed: make.comments(data, seed=seed), _GROUPS),
+}  # fmt: skip
+SIZES = {"cpu": CPU, "gpu": GPU}
+
+
+def read(path: Path) -> list[dict]:
+    """Whole lines only: a killed run may have left half of one."""
+    runs = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            runs.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return runs
+
+
+def append(path: Path, run: dict) -> None:
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")  # after half a line
+        file.write((json.dumps(run) + "\n").encode())
+
+
+def machine(device: str) -> str:
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+
+
+def key(run: dict) -> tuple:
+    return run["scenario"], run["method"], run["seed"]
+
+
+def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namespace) -> dict:
+    scenario = task.build(str(Path(args.data) / task.file), seed)
+    settings = with_overrides(scenario.settings, **task.settings)
+    found = run_method(scenario, METHODS[method], settings=settings, seed=seed, device=args.device)
+    predictions = found.pop("predictions")
+    if scenario.test.groups is not None and scenario.test.groups.dim() == 2:
+        correct = (predictions == scenario.test.y).numpy()
+        found["worst_group_interval_95"] = metrics.worst_group_interval(correct, scenario.test.groups.numpy(), 20)
+    return {
+        "scenario": name, "method": method, "seed": seed, "title": task.title, "settings": asdict(settings),
+        "rows": {"train": len(scenario.train), "meta": len(scenario.meta), "test": len(scenario.test)},
+        "versions": versions(), "machine": machine(args.device), **found,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- tables
+
+_COLUMNS = {
+    "worst_group": "worst group", "average": "average", "weighted_average": "train-weighted average",
+    "macro_accuracy": "macro accuracy", "accuracy": "accuracy", "many": "many", "medium": "medium", "few": "few",
+    "macro_precision": "macro precision", "noise_auroc": "AUROC of wrong labels",
+}  # fmt: skip
+
+
+def table(runs: list[dict], task: Task) -> list[str]:
+    """One scenario: mean and standard deviation over seeds, best in bold; Meta-IADA's paired differences to each method."""
+    by_method = {m: sorted((r for r in runs if r["method"] == m), key=lambda r: r["seed"]) for m in METHODS}
+    by_method = {m: own for m, own in by_method.items() if own}
+    columns = [c for c in _COLUMNS if any(_value(r, c) is not None for r in runs)]
+    if "average" not in columns and "macro_accuracy" in columns and "accuracy" in columns:
+        first = "macro_accuracy" if "text" in task.file or "reuters" in task.file else "accuracy"
+        columns = [first, *(c for c in columns if c != first)]
+        if first == "accuracy":  # balanced test set: the same figure
+            columns.remove("macro_accuracy")
+    main = columns[0]
+    means = {c: {m: np.mean([_value(r, c) for r in own]) for m, own in by_method.items()
+                 if all(_value(r, c) is not None for r in own)} for c in columns}  # fmt: skip
+    lines = [
+        "| method | seeds | "
+        + " | ".join(_COLUMNS[c] for c in columns)
+        + f" | Meta-IADA less this ({_COLUMNS[main]}) | seconds |",
+        "|---" * (len(columns) + 4) + "|",
+    ]
+    reference = {r["seed"]: _value(r, main) for r in by_method.get("iada", [])}
+    for method, own in by_method.items():
+        cells = []
+        for c in columns:
+            if method not in means[c]:
+                cells.append("")
+                continue
+            values = 100 * np.array([_value(r, c) for r in own])
+            text = f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+            cells.append(f"**{text}**" if means[c][method] == max(means[c].values()) else text)
+        pairs = [(reference[r["seed"]], _value(r, main)) for r in own if r["seed"] in reference]
+        cells.append("" if method == "iada" or not pairs else _difference(np.array(pairs)))
+        seconds = np.median([r["seconds"] for r in own])
+        lines.append(f"| {METHODS[method].title} | {len(own)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return lines
+
+
+def _value(run: dict, column: str) -> float | None:
+    value = run.get(column) if column == "noise_auroc" else run["metrics"].get(column)
+    return None if value is None or value != value else value
+
+
+def _difference(pairs: np.ndarray) -> str:
+    difference = 100 * (pairs[:, 0] - pairs[:, 1])
+    text = f"{difference.mean():+.1f} ({', '.join(f'{d:+.1f}' for d in difference)}"
+    if len(difference) > 2 and difference.std() > 0:
+        text += f"; p = {ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue:.2g}"
+    return text + ")"
+
+
+def render(size: str) -> str:
+    runs = read(RESULTS / f"accuracy_{size}.jsonl")
+    tasks = SIZES[size]
+    text = [f"# Accuracy, {size.upper()} size", "",
+            "Test figures in %, mean and standard deviation over seeds, best in bold. Every method of a table has the same"
+            " weights at the start, the same epochs and the same optimizer; methods with a meta step, `CE, train + meta` and `CE,"
+            " last layer on meta` use the meta set, the others do not. The last but one column gives Meta-IADA's difference on"
+            " each seed and the p-value of a paired t-test (three seeds: read it with care). Made by"
+            f" `python benchmarks/accuracy.py --data DATA --size {size}`; every run is in"
+            f" [accuracy_{size}.jsonl](accuracy_{size}.jsonl)."]  # fmt: skip
+    for name, task in tasks.items():
+        own = [r for r in runs if r["scenario"] == name]
+        if not own:
+            continue
+        rows = own[0]["rows"]
+        text += ["", f"## {task.title}", "", *table(own, task), "",
+                 f"{rows['train']} training, {rows['meta']} meta and {rows['test']} test samples; {own[0]['machine']};"
+                 f" torch {own[0]['versions']['torch']}. Settings: `{_short(own[0]['settings'])}`."]  # fmt: skip
+    return "\n".join(text) + "\n"
+
+
+def _short(settings: dict) -> str:
+    shown = {k: v for k, v in settings.items() if k != "config" and v is not None}
+    return ", ".join(f"{k}={[round(x, 3) for x in v] if isinstance(v, list) else v}" for k, v in shown.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="folder of the data sets")
+    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser.add_argument("--scenario", nargs="+", help="default: all")
+    parser.add_argument("--method", nargs="+", choices=list(METHODS), help="default: those of the scenario")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth run")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--render", action="store_true", help="only write the tables")
+    args = parser.parse_args()
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"accuracy_{args.size}.jsonl"
+    if not args.render:
+        if not args.data:
+            parser.error("--data is needed: the folder that holds cifar10/, mnist/, ...")
+        tasks = SIZES[args.size]
+        unknown = set(args.scenario or []) - set(tasks)
+        if unknown:
+            parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(tasks)}")
+        grid = [
+            (name, method, seed)
+            for name in args.scenario or tasks
+            for seed in args.seeds
+            for method in args.method or tasks[name].methods
+        ]
+        part, parts = map(int, args.part.split("/"))
+        for number, (name, method, seed) in enumerate(grid):
+            if number % parts != part - 1:
+                continue
+            if not (Path(args.data) / tasks[name].file).exists():
+                print(f"skipped {name}: no {tasks[name].file} in {args.data}")
+                continue
+            if (name, method, seed) in {key(r) for r in read(path)}:
+                continue
+            print(f"[{number + 1}/{len(grid)}] {name}, {METHODS[method].title}, seed {seed}", flush=True)
+            append(path, run_one(name, tasks[name], method, seed, args))
+    text = render(args.size)
+    (RESULTS / f"accuracy_{args.size}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

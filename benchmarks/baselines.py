@@ -1,0 +1,241 @@
+"""The losses and methods that Meta-IADA is compared with, each from its paper's formula.
+
+No part of the package: they exist so that a comparison runs in the same code, from the same weights, on the same batches.
+What the IADA head expresses by switching its terms (ISDA, ISDA + prior, MetaSAug with the prior term in the place of its
+class weights) is a setting, in `iada_plugin.recipes.methods`. docs/baselines.md says which of the paper's rows are left
+out, and why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor, nn
+
+from iada_plugin import MetaIADA
+from iada_plugin.characteristics import loss as loss_characteristic
+from iada_plugin.head import find_classifier
+from iada_plugin.meta_step import LinearTangent, MetaStep
+from iada_plugin.recipes.loop import Batches
+from iada_plugin.recipes.methods import IADA, METHODS, CrossEntropy, Method, Run
+
+# --------------------------------------------------------------------------------------------------- class imbalance
+
+
+def class_balanced_weights(counts: Tensor, beta: float = 0.9999) -> Tensor:
+    """Inverse effective numbers ``(1 - beta) / (1 - beta^n)``, ``[C]``, with mean 1 (Cui et al., 2019)."""
+    weights = (1 - beta) / (1 - beta ** counts.double().clamp_min(1))
+    return (weights / weights.mean()).float()
+
+
+def focal(output: Tensor, y: Tensor, gamma: float = 2.0, weights: Tensor | None = None) -> Tensor:
+    """``(1 - p_y)^gamma CE``, weighted by class (Lin et al., 2017; with weights: Cui et al., 2019); mean."""
+    loss = F.cross_entropy(output, y, reduction="none")
+    loss = (1 - torch.exp(-loss)) ** gamma * loss
+    return (loss if weights is None else weights[y] * loss).mean()
+
+
+def logit_adjusted(output: Tensor, y: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
+    """Cross-entropy of ``output + tau log pi`` (Menon et al., 2021). At tau = 1 this is Balanced Softmax (Ren et al., 2020),
+    whose ``log n_j`` differs from ``log pi_j`` by a constant that a softmax does not see."""
+    prior = counts.double().clamp_min(1)
+    return F.cross_entropy(output + tau * (prior / prior.sum()).log().float(), y)
+
+
+def weighted(output: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """Mean of the losses times their classes' weights."""
+    return (weights[y] * F.cross_entropy(output, y, reduction="none")).mean()
+
+
+def ldam(
+    output: Tensor, y: Tensor, counts: Tensor, weights: Tensor | None = None, margin: float = 0.5, scale: float = 30.0
+) -> Tensor:
+    """Cross-entropy of ``scale * (cos - [j = y] Delta_y)`` with ``Delta_j`` proportional to ``n_j^(-1/4)``, the largest
+    being ``margin`` (Cao et al., 2019); ``output`` are cosines. Weighted mean where there are weights."""
+    deltas = counts.float().clamp_min(1) ** -0.25
+    deltas = margin * deltas / deltas.max()
+    moved = output - F.one_hot(y, output.shape[1]) * deltas[y][:, None]
+    return F.cross_entropy(scale * moved, y, weight=weights)
+
+
+class NormalizedLinear(nn.Linear):
+    """Cosines of features and class weights, ``[N, H] -> [N, C]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.normalize(x), F.normalize(self.weight))
+
+
+class _LDAM:
+    """LDAM on cosine logits, with class-balanced weights from the epoch where the others' warm-up ends (DRW)."""
+
+    def __init__(self, run: Run) -> None:
+        _, layer = find_classifier(run.model, "bert.classifier" if hasattr(run.model, "bert") else None)
+        layer.__class__ = NormalizedLinear
+        self.counts, self.start, self.epoch = run.counts, max(run.warmup_epochs, round(0.8 * run.settings.epochs)), 0
+        self.weights = class_balanced_weights(run.counts)
+
+    def begin_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return ldam(output, y, self.counts, self.weights if self.epoch >= self.start else None)
+
+
+# -------------------------------------------------------------------------------------------------------- label noise
+
+
+def generalized_cross_entropy(output: Tensor, y: Tensor, q: float = 0.7) -> Tensor:
+    """``(1 - p_y^q) / q``, mean (Zhang and Sabuncu, 2018)."""
+    p = output.softmax(dim=1).gather(1, y[:, None]).squeeze(1)
+    return ((1 - p.clamp_min(1e-8) ** q) / q).mean()
+
+
+class _WeightStep(MetaStep):
+    """The meta step of Meta-Weight-Net: the network's output is a sample's weight instead of its epsilon."""
+
+    def train_loss(
+        self, features: Tensor, labels: Tensor, epsilon: Tensor, denominator: Tensor | float | None = None
+    ) -> Tensor:
+        logits = self.head.iada_logits(features, labels, alpha=0, beta=0)
+        return (_share(epsilon) * F.cross_entropy(logits, labels, reduction="none")).sum()
+
+    def _learn(self, layer: LinearTangent, labels: Tensor, f: Tensor, finite: Tensor, eta: float) -> bool:
+        features, weight, bias, features_dot, weight_dot, bias_dot = layer
+        residual = F.linear(features, weight, bias).softmax(dim=1) - F.one_hot(labels, weight.shape[0])
+        logits_dot = F.linear(features_dot, weight) + F.linear(features, weight_dot, bias_dot)
+        losses_dot = (residual * logits_dot).sum(dim=1)  # directional derivative of every sample's loss
+        if not bool(finite & torch.isfinite(losses_dot).all()):
+            return False
+        with torch.enable_grad():
+            objective = -(_share(self.perturbation(f)) * losses_dot).sum()
+        self.meta_optimizer.zero_grad()
+        objective.backward()
+        self.meta_optimizer.step()
+        return True
+
+
+def _share(weights: Tensor) -> Tensor:
+    return weights / weights.sum().clamp_min(1e-8)
+
+
+class MetaWeightNet(MetaIADA):
+    """Meta-Weight-Net (Shu et al., 2019) on the same engine: weight = sigmoid(MLP(loss)), normalised over the batch."""
+
+    step_type = _WeightStep
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, characteristics=[loss_characteristic], **kwargs)
+
+
+# --------------------------------------------------------------------------------------------------- sub-populations
+
+
+def _groups(run: Run) -> Tensor:
+    if run.train.groups is None:
+        raise ValueError(f"{run.scenario.name} has no groups: choose another method.")
+    groups = run.train.groups
+    return groups.float() if groups.dim() == 2 else F.one_hot(groups).float()  # [N, G]
+
+
+class GroupDRO:
+    """Weights on groups that rise exponentially with the group's loss (Sagawa et al., 2020), step 0.01; rows in no group
+    form one more. Overlapping groups: a row counts in each of its groups."""
+
+    def __init__(self, run: Run, step: float = 0.01) -> None:
+        groups = _groups(run)
+        rest = (groups.sum(dim=1, keepdim=True) == 0).float()
+        self.groups = torch.cat([groups, rest], dim=1) if bool(rest.any()) else groups
+        self.weights = torch.full((self.groups.shape[1],), 1 / self.groups.shape[1], device=groups.device)
+        self.step = step
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        member = self.groups[rows]
+        loss = F.cross_entropy(output, y, reduction="none")
+        mean = (loss @ member) / member.sum(dim=0).clamp_min(1)
+        self.weights = self.weights * torch.exp(self.step * mean.detach())
+        self.weights = self.weights / self.weights.sum()
+        return (self.weights * mean).sum()
+
+
+class LISA:
+    """Selective mixup (Yao et al., 2022): with probability 1/2 a partner of the same label and another attribute, otherwise
+    one of the same attribute and another label; mixing weight from Beta(2, 2). Groups must be ``2 * label + attribute``."""
+
+    def __init__(self, run: Run) -> None:
+        groups = run.train.groups
+        if groups is None or groups.dim() == 2 or not run.train.x.is_floating_point():  # type: ignore[union-attr]
+            raise ValueError("LISA mixes images of groups 2 * label + attribute.")
+        self.run, self.label, self.attribute = run, groups // 2, groups % 2
+        self.rows = {g: (groups == g).nonzero().flatten() for g in range(4)}
+
+    def mix(self, x: Tensor, y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        same_label = bool(torch.rand(()) < 0.5)
+        label, attribute = self.label[rows], self.attribute[rows]
+        wanted = 2 * label + 1 - attribute if same_label else 2 * (1 - label) + attribute
+        partner = rows.clone()
+        for g, pool in self.rows.items():
+            own = (wanted == g).nonzero().flatten()
+            if len(pool):
+                partner[own] = pool[torch.randint(len(pool), (len(own),)).to(pool.device)]
+        share = torch.distributions.Beta(2.0, 2.0).sample((len(rows),)).to(x.device)
+        x_partner = self.run.train.x[partner]
+        wide = share.view(-1, *[1] * (x.dim() - 1))
+        one_hot = F.one_hot(torch.stack([y, self.run.train.y[partner]]), self.run.scenario.num_classes).float()
+        return wide * x + (1 - wide) * x_partner, share[:, None] * one_hot[0] + (1 - share[:, None]) * one_hot[1]
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        return F.cross_entropy(output, y)
+
+
+# ------------------------------------------------------------------------------------------- the same clean data, plainly
+
+
+@torch.no_grad()
+def retrain_last_layer(run: Run, criterion: Any) -> None:
+    """Logistic regression on the meta set's features in the place of the last layer (as Kirichenko et al., 2023)."""
+    run.model.eval()
+    _, layer = find_classifier(run.model, "bert.classifier" if hasattr(run.model, "bert") else None)
+    kept: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
+    for x, _ in Batches(run.meta, 500, shuffle=False):
+        run.model(x)
+    hook.remove()
+    features, y = torch.cat(kept).double().cpu().numpy(), run.meta.y.cpu().numpy()
+    mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
+    fitted = LogisticRegression(C=0.1, max_iter=2000).fit((features - mean) / std, y)
+    weight, bias = fitted.coef_, fitted.intercept_
+    if len(fitted.classes_) == 2:  # one row of weights for two classes
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    weight = weight / std
+    layer.weight.copy_(torch.from_numpy(weight))
+    layer.bias.copy_(torch.from_numpy(bias - weight @ mean))
+
+
+def _plain(loss: Any, weights: bool = False, counts: bool = False) -> Any:
+    """A loss ``(output, y)`` as what makes a criterion; with class-balanced weights or class counts as its third argument."""
+
+    def criterion(run: Run) -> Any:
+        third = {"weights": class_balanced_weights(run.counts)} if weights else {"counts": run.counts} if counts else {}
+        return lambda output, y, rows: loss(output, y, **third)
+
+    return criterion
+
+
+METHODS |= {
+    "cb_ce": Method("class-balanced CE", _plain(weighted, weights=True)),
+    "focal": Method("focal", _plain(focal)),
+    "cb_focal": Method("class-balanced focal", _plain(focal, weights=True)),
+    "ldam_drw": Method("LDAM-DRW", _LDAM),
+    "la": Method("Logit Adjustment", _plain(logit_adjusted, counts=True)),
+    "gce": Method("generalized CE", _plain(generalized_cross_entropy)),
+    "mwn": Method("Meta-Weight-Net", lambda run: IADA(
+        run, MetaWeightNet, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit"), warms_up=True),
+    "group_dro": Method("GroupDRO", GroupDRO),
+    "lisa": Method("LISA", LISA),
+    "ce_meta": Method("CE, train + meta", CrossEntropy, add_meta=True),
+    "last_layer": Method("CE, last layer on meta", CrossEntropy, finish=retrain_last_layer),
+}  # fmt: skip

@@ -1,0 +1,242 @@
+"""Running a method on a scenario, and the methods that are settings of the IADA loss."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import __version__
+from ..config import IADAConfig
+from ..engine import MetaIADA
+from .loop import Batches, Samples, fit, predict
+from .scenarios import Scenario, Settings
+
+
+@dataclass
+class Run:
+    """What a method may look at. ``config`` holds settings of `IADAConfig` asked for by the user."""
+
+    scenario: Scenario
+    settings: Settings
+    train: Samples
+    meta: Samples
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Tensor:
+        """``[C]`` training samples of each class."""
+        return torch.bincount(self.train.y, minlength=self.scenario.num_classes)
+
+    @property
+    def warmup_epochs(self) -> int:
+        """Epochs of plain cross-entropy before what a method does later."""
+        return round(self.settings.warmup_ratio * self.settings.epochs)
+
+    def meta_batches(self) -> Batches:
+        """Batches of the meta set, augmented as in training."""
+        size = min(self.settings.meta_batch_size or self.settings.batch_size, len(self.meta))
+        return Batches(self.meta, size, augment=self.scenario.augment)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        title: for tables.
+        criterion: makes ``criterion(output, y, rows) -> loss``; `fit` tells what else it may have.
+        add_meta: train on the meta samples too.
+        finish: called after training, with the run and the criterion.
+        warms_up: whether ``warmup_ratio`` of the run is plain cross-entropy; such epochs are never selected as its result.
+    """
+
+    title: str
+    criterion: Callable[[Run], Any]
+    add_meta: bool = False
+    finish: Callable[[Run, Any], None] | None = None
+    warms_up: bool = False
+
+
+class CrossEntropy:
+    """Cross-entropy; keeps each sample's last loss, the usual signal of a wrong label."""
+
+    def __init__(self, run: Run) -> None:
+        self.signal = torch.zeros(len(run.train), device=run.train.y.device)
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """Mean loss."""
+        loss = F.cross_entropy(output, y, reduction="none")
+        self.signal[rows] = loss.detach()
+        return loss.mean()
+
+
+class IADA:
+    """Meta-IADA as `fit` calls it; keeps each sample's last epsilon, with its sign turned: large for wrong labels."""
+
+    def __init__(self, run: Run, engine: type[MetaIADA] = MetaIADA, **config: Any) -> None:
+        config = {
+            "warmup_ratio": run.settings.warmup_ratio,
+            "seed": run.seed,
+            **run.settings.config,
+            **run.config,
+            **config,
+        }
+        classifier = {"classifier": "bert.classifier"} if hasattr(run.model, "bert") else {}
+        self.engine = engine(
+            run.model, run.optimizer, meta_loader=run.meta_batches(), class_counts=run.counts,
+            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=IADAConfig(**config), **classifier,
+        )  # fmt: skip
+        self.signal = torch.zeros(len(run.train), device=run.train.y.device)
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """The engine's loss."""
+        loss = self.engine(output, y)
+        if self.engine.epsilon is not None:
+            self.signal[rows] = -self.engine.epsilon.to(self.signal.dtype)
+        return loss
+
+    def pop_metrics(self) -> dict[str, float]:
+        """The engine's log."""
+        return self.engine.pop_metrics()
+
+    def close(self) -> None:
+        """Give the classifier back as it was."""
+        self.engine.close()
+
+
+def iada_method(title: str, **config: Any) -> Method:
+    """Meta-IADA with these settings of `IADAConfig`."""
+    return Method(title, lambda run: IADA(run, **config), warms_up=True)
+
+
+#: epsilon = 0 and the covariances as estimated: no meta step.
+_NOTHING_LEARNED = {"meta_lr": 0.0, "covariance_lr": 0.0}
+
+METHODS: dict[str, Method] = {
+    "ce": Method("cross-entropy", CrossEntropy),
+    "iada": iada_method("Meta-IADA"),
+    "iada_paper": iada_method("Meta-IADA, paper's form", epsilon_range=(-1, 1), perturbation_scale="unit",
+                              fixed_shift=False, prior_in_warmup=False),
+    "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
+    "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
+    "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0),
+}  # fmt: skip
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> tuple[torch.optim.Optimizer, Any]:
+    """Optimizer and learning-rate schedule (x ``gamma`` at ``milestones``, shares of the run)."""
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay
+        )
+    elif settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    else:
+        raise ValueError(f"optimizer={settings.optimizer!r} is none of 'sgd', 'adamw'.")
+    milestones = [round(share * settings.epochs) for share in settings.milestones]
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.gamma)
+
+
+def run_method(
+    scenario: Scenario,
+    method: Method,
+    *,
+    settings: Settings | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    config: dict[str, Any] | None = None,
+    test: bool = True,
+) -> dict[str, Any]:
+    """Train one method on one scenario.
+
+    Every method starts from the same weights (``seed``) and has the same epochs and optimizer.
+
+    Args:
+        scenario: data.
+        method: how to train.
+        settings: by default the scenario's.
+        seed: of weights, order, augmentation and the method.
+        device: to train on.
+        config: settings of `IADAConfig`, for the methods that have one.
+        test: score the test samples; off while settings are chosen.
+
+    Returns:
+        ``metrics`` (test), ``validation``, ``curve``, ``seconds``, ``predictions`` and, where true labels are known,
+        ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first.
+    """
+    settings = settings or scenario.settings
+    torch.manual_seed(seed)
+    model = scenario.network(settings.model).to(device)
+    if next(model.parameters()).is_floating_point() and any(p.dim() == 4 for p in model.parameters()):
+        model = model.to(memory_format=torch.channels_last)
+    train, meta = scenario.train.to(device), scenario.meta.to(device)
+    if method.add_meta:
+        train = _joined(train, meta)
+    batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True)
+    optimizer, scheduler = make_optimizer(model, settings)
+    run = Run(scenario, settings, train, meta, model, optimizer, len(batches), seed, config or {})
+    torch.manual_seed(seed + 1)  # the same batches for every method until one of them draws differently
+    criterion = method.criterion(run)
+    val = None if scenario.val is None else scenario.val.to(device)
+
+    def validate(model: nn.Module) -> float:
+        return next(iter(scenario.score(predict(model, val), scenario.val).values()))  # type: ignore[arg-type]
+
+    first = (run.warmup_epochs if method.warms_up else 0) if scenario.keep_best and val is not None else None
+    curve, seconds = fit(
+        model, batches, criterion, optimizer, settings.epochs, scheduler=scheduler,
+        validate=None if val is None else validate, keep_best_after=first, description=method.title,
+    )  # fmt: skip
+    start = time.perf_counter()
+    if hasattr(criterion, "close"):
+        criterion.close()
+    if method.finish is not None:
+        method.finish(run, criterion)
+    seconds += time.perf_counter() - start
+    found: dict[str, Any] = {"curve": curve, "seconds": round(seconds, 1)}
+    if val is not None:
+        found["validation"] = scenario.score(predict(model, val), scenario.val)  # type: ignore[arg-type]
+    if test:
+        predictions = predict(model, scenario.test.to(device))
+        found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}
+    found["noise_auroc"] = _noise_auroc(criterion, train)
+    return found
+
+
+def _joined(train: Samples, meta: Samples) -> Samples:
+    if not isinstance(train.x, Tensor) or not isinstance(meta.x, Tensor):
+        raise ValueError("training on the meta samples too needs images that are in memory.")
+    clean = None if train.clean is None else torch.cat([train.clean, meta.y])
+    return Samples(torch.cat([train.x, meta.x]), torch.cat([train.y, meta.y]), None, clean)
+
+
+def _noise_auroc(criterion: Any, train: Samples) -> float | None:
+    """Area under the ROC curve of the criterion's signal as a detector of wrong labels."""
+    signal = getattr(criterion, "signal", None)
+    if signal is None or train.clean is None or not bool((wrong := train.clean != train.y).any()):
+        return None
+    from sklearn.metrics import roc_auc_score
+
+    return float(roc_auc_score(wrong.cpu().numpy(), signal.cpu().numpy()))
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {"iada_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def with_overrides(settings: Settings, **overrides: Any) -> Settings:
+    """Settings with everything that is not ``None`` in its place."""
+    return replace(settings, **{k: v for k, v in overrides.items() if v is not None})
