@@ -33,7 +33,6 @@ from iada_plugin.recipes import scenarios as make
 from iada_plugin.recipes.methods import Method, run_method, versions, with_overrides
 from iada_plugin.recipes.scenarios import Scenario
 
-RESULTS = Path(__file__).parent / "results"
 METHODS: dict[str, Method] = baselines.METHODS
 
 
@@ -66,7 +65,7 @@ CPU: dict[str, Task] = {
     "cifar10_lt": Task(
         "CIFAR10-LT 100:1 (largest class 2,000), 16 x 16, ResNet-8, 36 epochs", "cifar10",
         lambda data, seed: make.long_tail(data, n_max=2000, val_per_class=500, image_size=16, seed=seed), _LONG_TAIL,
-        {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 16 / 36},
+        {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 28 / 36},
     ),
     "cifar10_flip2_40": Task(
         "CIFAR-10, flip2 noise 40 %, 5,000 images, 16 x 16, ResNet-8, no crops, 32 epochs", "cifar10",
@@ -91,7 +90,7 @@ CPU: dict[str, Task] = {
         "CIFAR-10 generalized long tail (classes 20:1, six pixel clusters a class), 16 x 16, ResNet-8, 36 epochs", "cifar10",
         lambda data, seed: make.generalized_long_tail(data, imbalance_ratio=20, n_max=1200, image_size=16, seed=seed),
         ["ce", "la", "metasaug", "iada_paper", "iada"],
-        {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 16 / 36},
+        {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 28 / 36},
     ),
     "colored_mnist": Task(
         "Colored MNIST, 6,000 training images, small convolutional network, 20 epochs", "mnist",
@@ -103,9 +102,10 @@ CPU: dict[str, Task] = {
         lambda data, seed: make.comments(data, seed=seed), ["ce", "la", "group_dro", "last_layer", "iada"], {"epochs": 3},
     ),
     "reuters52": Task(
-        "Reuters R52 (natural long tail), averaging network, 30 epochs", "reuters52/reuters52.parquet",
+        "Reuters R52 (natural long tail), averaging network, 15 epochs", "reuters52/reuters52.parquet",
         lambda data, seed: make.long_tail(data, seed=seed, meta_per_class=5),
         ["ce", "cb_ce", "la", "isda_prior", "metasaug", "mwn", "ce_meta", "iada_paper", "iada"],
+        {"epochs": 15},
     ),
 }  # fmt: skip
 
@@ -233,8 +233,8 @@ def _difference(pairs: np.ndarray) -> str:
     return text + ")"
 
 
-def render(size: str) -> str:
-    runs = read(RESULTS / f"accuracy_{size}.jsonl")
+def render(size: str, folder: Path) -> str:
+    runs = read(folder / f"accuracy_{size}.jsonl")
     tasks = SIZES[size]
     text = [f"# Accuracy, {size.upper()} size", "",
             "Test figures in %, mean and standard deviation over seeds, best in bold. Every method of a table has the same"
@@ -269,9 +269,10 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--render", action="store_true", help="only write the tables")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"accuracy_{args.size}.jsonl"
+    args.results.mkdir(parents=True, exist_ok=True)
+    path = args.results / f"accuracy_{args.size}.jsonl"
     if not args.render:
         if not args.data:
             parser.error("--data is needed: the folder that holds cifar10/, mnist/, ...")
@@ -296,8 +297,8 @@ def main() -> None:
                 continue
             print(f"[{number + 1}/{len(grid)}] {name}, {METHODS[method].title}, seed {seed}", flush=True)
             append(path, run_one(name, tasks[name], method, seed, args))
-    text = render(args.size)
-    (RESULTS / f"accuracy_{args.size}.md").write_text(text)
+    text = render(args.size, args.results)
+    (args.results / f"accuracy_{args.size}.md").write_text(text)
     print(text)
 
 

@@ -47,6 +47,7 @@ import iada_plugin
 from iada_plugin import IADAConfig, MetaIADACallback, balanced_meta_split, last_complete_checkpoint
 from iada_plugin.data.civilcomments import GROUPS, Comments, read_civilcomments, synthetic_civilcomments
 from iada_plugin.metrics import group_accuracies, worst_group_accuracy, worst_group_interval
+from iada_plugin.recipes.cli import parse_config
 
 NAMES = {"ce": "cross-entropy", "iada": "Meta-IADA"}
 
@@ -64,9 +65,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--warmup-epochs", type=float, help="cross-entropy first; default: 1, small model: half the run"
     )
-    parser.add_argument("--epsilon-range", type=float, nargs=2, default=(-1.0, 1.0), metavar=("LOW", "HIGH"))
-    parser.add_argument("--perturbation-scale", choices=["unit", "feature_std"], help="default: unit (the paper's) with"
-                        " --data; feature_std, better on its validation split, on the sample")  # fmt: skip
+    parser.add_argument("--config", nargs="+", default=[], metavar="NAME=VALUE",
+                        help="settings of IADAConfig, such as alpha=0.25 perturbation_size=2")  # fmt: skip
     parser.add_argument("--meta-per-group", type=int, default=20, help="meta rows for each of the 16 groups")
     parser.add_argument("--meta-from", choices=["val", "train"], default="val", help="split the meta set is drawn from")
     parser.add_argument("--min-group-size", type=int, default=20, help="smaller groups do not count as the worst one")
@@ -80,7 +80,6 @@ def parse_args() -> argparse.Namespace:
     args.lr = args.lr or (5e-4 if small else 1e-5)
     args.batch_size = args.batch_size or (32 if small else 16)
     args.max_length = args.max_length or (32 if small and not args.data else 300)
-    args.perturbation_scale = args.perturbation_scale or ("unit" if args.data else "feature_std")
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 2 if small else 1.0
     return args
@@ -140,7 +139,7 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     def metrics(prediction) -> dict[str, float]:
         correct = prediction.predictions.argmax(axis=1) == val.labels
         worst, _ = worst_group_accuracy(correct, val.groups, args.min_group_size)
-        # Epochs of Meta-IADA's warm-up are plain cross-entropy: they must not be selected as its result.
+        # Epochs of Meta-IADA's warm-up must not be selected as its result.
         warm = method == "iada" and (trainer.state.epoch or 0) <= args.warmup_epochs
         return {"average": float(correct.mean()), "worst_group": worst, "selection": worst - warm}
 
@@ -153,12 +152,7 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     )  # fmt: skip
     callbacks = []
     if method == "iada":
-        config = IADAConfig(
-            warmup_epochs=args.warmup_epochs,
-            epsilon_range=tuple(args.epsilon_range),
-            perturbation_scale=args.perturbation_scale,
-            seed=args.seed,
-        )
+        config = IADAConfig(**{"warmup_epochs": args.warmup_epochs, "seed": args.seed, **parse_config(args.config)})
         callbacks = [MetaIADACallback(meta_dataset=encoded["meta"], config=config)]
     trainer = Trainer(
         model=load_model(args, tokenizer), args=arguments, train_dataset=encoded["train"], eval_dataset=encoded["val"],
@@ -167,11 +161,7 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     last = None
     if args.resume and folder.is_dir():
         last = last_complete_checkpoint(folder) if method == "iada" else get_last_checkpoint(str(folder))
-    print(
-        f"\n--- {NAMES[method]}"
-        + (f" (cross-entropy until epoch {args.warmup_epochs:g})" if callbacks else "")
-        + " ---"
-    )
+    print(f"\n--- {NAMES[method]}" + (f" (warm-up until epoch {args.warmup_epochs:g})" if callbacks else "") + " ---")
     trainer.train(resume_from_checkpoint=last)
     selected = next(log["epoch"] for log in trainer.state.log_history
                     if log.get("eval_selection") == trainer.state.best_metric)  # fmt: skip
@@ -251,6 +241,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("iada_plugin").setLevel(logging.INFO)
     try:
+        parse_config(args.config)
         splits, meta = load(args)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: {error}") from error

@@ -24,7 +24,7 @@ class IADAConfig:
     )
     beta: float = _setting(1.0, "Weight of the class-prior term; 0 switches it off. Sensible: 0.75 to 1.25.")
     warmup_ratio: float = _setting(
-        0.8, "Share of the run that trains with plain cross-entropy first (0.8: training from scratch)."
+        0.8, "Share of the run that is warm-up, without perturbation (0.8: training from scratch)."
     )
     warmup_epochs: float | None = _setting(
         None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."
@@ -37,7 +37,6 @@ class IADAConfig:
         None, "Meta samples per meta step, over all processes (Trainer only; default: as many as training samples)."
     )
     meta_lr: float = _setting(1e-3, "Adam learning rate of the perturbation network Omega (iNaturalist: 1e-4).")
-    meta_weight_decay: float = _setting(0.0, "Decoupled weight decay of the perturbation network (AdamW).")
     covariance_lr: float = _setting(
         1e-3, "Step of the class covariances in a meta step, see covariance_step; 0 freezes them."
     )
@@ -63,20 +62,23 @@ class IADAConfig:
         None, "Learning rate eta_1 of the virtual SGD step (default: the optimizer's current one)."
     )
     epsilon_range: tuple[float, float] = _setting(
-        (-1.0, 1.0), "Range of the perturbation size epsilon; training starts in its middle. (-1, 0): only letting go."
+        (-1.0, 1.0),
+        "Range of epsilon, which starts at 0, or in the middle of a range without 0 inside. (-1, 0): only letting go.",
     )
     perturbation_scale: str = _setting(
-        "unit",
-        "Size of delta at epsilon = 1: 'unit' per feature (the paper), or 'feature_std' of the sample's class (a constant"
-        " in Eq. 9).",
+        "margin",
+        "What delta is measured in: 'margin' (the change of the own logit's lead over the others, in nats, whatever the"
+        " width of the features), 'feature_std' (of the sample's class), or 'unit' per feature (the paper). A constant in"
+        " every gradient.",
     )
+    perturbation_size: float = _setting(5.0, "Size of delta at epsilon = 1, in units of perturbation_scale. Paper: 1.")
     fixed_shift: bool = _setting(
         True,
         "Do not train the classifier's weights through delta. False is the paper's form: they then adapt to a delta that"
-        " stays, which one virtual step does not foresee.",
+        " stays, which the virtual step does not foresee.",
     )
     prior_in_warmup: bool = _setting(
-        False, "The prior term in the warm-up too: Logit Adjustment instead of plain cross-entropy."
+        True, "The prior term in the warm-up too: Logit Adjustment there. False is the paper's plain cross-entropy."
     )
     seed: int = _setting(0, "Seed of the perturbation network, of the meta sampler and of the meta passes.")
 
@@ -101,11 +103,11 @@ class IADAConfig:
         )
         size = self.meta_batch_size
         self._check("meta_batch_size", size is None or (size >= 1 and size == int(size)), "None or a whole number >= 1")
-        self._check("meta_weight_decay", self.meta_weight_decay >= 0, "at least 0")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
         self._check("virtual_lr", self.virtual_lr is None or self.virtual_lr > 0, "None or positive")
+        self._check("perturbation_size", self.perturbation_size > 0, "positive")
         self._check("epsilon_range", -math.inf < low < high < math.inf, "(low, high) with low < high")
         for name, choices in _CHOICES.items():
             self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))

@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 class MetaIADA:
     """Meta-IADA as a training criterion (Zhou et al., IJCAI 2024; Algorithm 1).
 
-    Called as ``loss = iada(model(input), target)``. In warm-up it is the cross-entropy. Afterwards the call performs the
+    Called as ``loss = iada(model(input), target)``. In warm-up it is the cross-entropy, with the class prior added to the
+    logits unless ``prior_in_warmup`` is off (Logit Adjustment). Afterwards the call performs the
     meta step (Eqs. 7 to 9: virtual step, perturbation network, class covariances) and returns the IADA loss, whose
     backward pass and optimizer step are the caller's (Eq. 10). The meta step is taken once per optimizer step, on the
     first micro-batch where gradients are accumulated. Optimizer steps are counted by a hook on the optimizer.
@@ -142,7 +143,7 @@ class MetaIADA:
         self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *own]  # type: ignore[assignment]
         size = self.head.covariance.numel() * self.head.covariance.element_size() / 2**20
         logger.info(
-            "Meta-IADA on %s of %s: cross-entropy for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
+            "Meta-IADA on %s of %s: warm-up for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
             *(self.classifier_name, type(self.model).__name__, self.warmup_steps, config.meta_every),
             *(list(self.head.covariance.shape), size),
         )
@@ -151,7 +152,7 @@ class MetaIADA:
 
     @property
     def in_warmup(self) -> bool:
-        """Whether the next optimizer step still trains with plain cross-entropy."""
+        """Whether the next optimizer step still trains without perturbation."""
         return self.step < self.warmup_steps
 
     def __call__(self, output: Tensor, target: Tensor, denominator: Tensor | float | None = None) -> Tensor:
@@ -260,7 +261,7 @@ class MetaIADA:
         if self._calls and self.step <= self.warmup_steps and not self._closed:
             warnings.warn(
                 f"MetaIADA was closed before its first meta step: {self.step} optimizer steps were counted and the warm-up"
-                f" lasts {self.warmup_steps}. All of the training was plain cross-entropy; check steps_per_epoch and epochs."
+                f" lasts {self.warmup_steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."
             )
         self._closed = True
         self.capture.remove()

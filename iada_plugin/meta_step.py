@@ -67,9 +67,7 @@ class MetaStep:
         self.perturbation = PerturbationNetwork(
             num_characteristics, epsilon_range=config.epsilon_range, seed=config.seed
         ).to(self.head.covariance.device, self.head.covariance.dtype)
-        self.meta_optimizer = torch.optim.AdamW(
-            self.perturbation.parameters(), lr=config.meta_lr, weight_decay=config.meta_weight_decay
-        )
+        self.meta_optimizer = torch.optim.Adam(self.perturbation.parameters(), lr=config.meta_lr)
         self.log = EpsilonLog(self.head.out_features)
         self.skipped = 0
         self._checked = False
@@ -82,8 +80,7 @@ class MetaStep:
 
     def logits(self, features: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
         """IADA logits ``[N, C]`` with the configured terms."""
-        if self.config.perturbation_scale != "unit":
-            epsilon = epsilon * self._delta_scale(features.detach(), self.head.weight, self.head.bias, labels)
+        epsilon = epsilon * self._delta_scale(features.detach(), self.head.weight, self.head.bias, labels)
         config = self.config
         return self.head.iada_logits(features, labels, epsilon, config.alpha, config.beta, config.fixed_shift)
 
@@ -96,11 +93,13 @@ class MetaStep:
     @torch.no_grad()
     def _delta_scale(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         """Size of delta in every feature at epsilon = 1: ``[N]``."""
-        if self.config.perturbation_scale == "unit":
-            return torch.ones_like(features[:, 0], dtype=self.head.covariance.dtype)
-        if self.config.perturbation_scale == "feature_std":
-            return self.head.feature_std()[labels]
-        return margin_scale(features, weight, bias, labels).to(self.head.covariance.dtype)
+        kind, size, dtype = self.config.perturbation_scale, self.config.perturbation_size, self.head.covariance.dtype
+        if kind == "margin":
+            bias = None if bias is None else bias.to(dtype)
+            return size * margin_scale(features.to(dtype), weight.to(dtype), bias, labels)
+        if kind == "feature_std":
+            return size * self.head.feature_std()[labels]
+        return torch.full_like(features[:, 0], size, dtype=dtype)
 
     def __call__(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> None:
         """Update Omega and Sigma. The model's parameters and buffers and the random state end as they were.

@@ -10,8 +10,8 @@ class PerturbationNetwork(nn.Module):
     """``epsilon = tanh(MLP(f))``, scaled to ``epsilon_range``; K - 100 - 1 with a ReLU (Sec. 3.3 of the paper).
 
     Its input is standardised by running moments that are constants of a step and are updated once per optimizer step:
-    BatchNorm would tie a sample's epsilon to how its batch is cut. The last layer starts at zero, so epsilon starts in
-    the middle of its range for every sample (0 by default: training begins as ISDA with Logit Adjustment).
+    BatchNorm would tie a sample's epsilon to how its batch is cut. The last layer starts at zero, so epsilon starts at 0
+    for every sample (training begins as ISDA with Logit Adjustment), or in the middle of a range without 0 inside.
 
     Args:
         num_characteristics: K.

@@ -195,3 +195,36 @@ def test_worst_group_and_its_interval():
 def test_many_medium_few():
     assert shot_accuracies([0.9, 0.5, 0.7, 0.1], [500, 100, 20, 19]) == {"many": 0.9, "medium": 0.6, "few": 0.1}
     assert np.isnan(shot_accuracies([0.5], [500])["few"])
+
+
+def test_more_metrics_against_scikit_learn():
+    from sklearn.metrics import confusion_matrix as reference
+    from sklearn.metrics import precision_score
+
+    from iada_plugin.metrics import (
+        confusion_matrix,
+        group_memberships,
+        macro_precision,
+        weighted_group_accuracy,
+    )
+
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, 5, 300), rng.integers(0, 4, 300)  # class 4 is never predicted
+    assert (confusion_matrix(predictions, labels, 5) == reference(labels, predictions)).all()
+    expected = precision_score(labels, predictions, average="macro", zero_division=0)
+    assert macro_precision(predictions, labels, 5) == pytest.approx(expected)
+    few = labels < 3  # classes without a row do not count
+    expected = precision_score(labels[few], predictions[few], average="macro", labels=[0, 1, 2], zero_division=0)
+    assert macro_precision(predictions[few], labels[few], 5) == pytest.approx(expected)
+
+    correct, groups = predictions == labels, rng.integers(0, 3, 300)
+    member = group_memberships(groups, 3)
+    shares = np.array([70, 20, 10])
+    own = [correct[groups == g].mean() for g in range(3)]
+    assert weighted_group_accuracy(correct, member, shares) == pytest.approx((shares * own).sum() / 100)
+    # on data distributed as the training set it is the plain average
+    assert weighted_group_accuracy(correct, member, np.bincount(groups)) == pytest.approx(correct.mean())
+    with pytest.raises(ValueError, match="no test row of group 3"):
+        weighted_group_accuracy(correct, group_memberships(groups, 4), [1, 1, 1, 1])
+    with pytest.raises(ValueError, match="each of the 3 groups"):
+        weighted_group_accuracy(correct, member, [1, 1])

@@ -697,7 +697,7 @@ def test_every_setting_is_described():
 
 
 def test_epsilon_range_and_scale_of_delta():
-    model, iada = criterion(warm=True, epsilon_range=(-1, 0), perturbation_scale="feature_std")
+    model, iada = criterion(warm=True, epsilon_range=(-1, 0), perturbation_scale="feature_std", perturbation_size=2.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         iada(model(vectors()[0]), vectors()[1])
@@ -705,7 +705,7 @@ def test_epsilon_range_and_scale_of_delta():
     labels = torch.tensor([2, 0])
     scale = iada.meta._delta_scale(torch.zeros(2, 16), iada.head.weight, iada.head.bias, labels)
     spread = iada.head.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
-    torch.testing.assert_close(scale, spread[labels])
+    torch.testing.assert_close(scale, 2 * spread[labels])
 
 
 def test_epsilon_starts_at_zero_inside_its_range():

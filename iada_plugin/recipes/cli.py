@@ -39,7 +39,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     found.add_argument("--epochs", type=int, help="passes over the training data")
     found.add_argument("--batch-size", type=int)
     found.add_argument("--lr", type=float, help="learning rate at the start")
-    found.add_argument("--warmup-ratio", type=float, help="share of the run with plain cross-entropy")
+    found.add_argument("--warmup-ratio", type=float, help="share of the run of warm-up")
     found.add_argument("--image-size", type=int, help="scale images to this many pixels")
     found.add_argument("--config", nargs="+", default=[], metavar="NAME=VALUE",
                        help="settings of IADAConfig, such as alpha=0.25 epsilon_range=-1,0")  # fmt: skip

@@ -40,7 +40,7 @@ class Run:
 
     @property
     def warmup_epochs(self) -> int:
-        """Epochs of plain cross-entropy before what a method does later."""
+        """Epochs before what a method does later."""
         return round(self.settings.warmup_ratio * self.settings.epochs)
 
     def meta_batches(self) -> Batches:
@@ -58,7 +58,7 @@ class Method:
         criterion: makes ``criterion(output, y, rows) -> loss``; `fit` tells what else it may have.
         add_meta: train on the meta samples too.
         finish: called after training, with the run and the criterion.
-        warms_up: whether ``warmup_ratio`` of the run is plain cross-entropy; such epochs are never selected as its result.
+        warms_up: whether ``warmup_ratio`` of the run is warm-up; such epochs are never selected as its result.
     """
 
     title: str
@@ -123,11 +123,19 @@ def iada_method(title: str, **config: Any) -> Method:
 #: epsilon = 0 and the covariances as estimated: no meta step.
 _NOTHING_LEARNED = {"meta_lr": 0.0, "covariance_lr": 0.0}
 
+#: The published form of the method, as far as it is published.
+PAPER = {
+    "epsilon_range": (-1, 1),
+    "perturbation_scale": "unit",
+    "perturbation_size": 1.0,
+    "fixed_shift": False,
+    "prior_in_warmup": False,
+}
+
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", CrossEntropy),
     "iada": iada_method("Meta-IADA"),
-    "iada_paper": iada_method("Meta-IADA, paper's form", epsilon_range=(-1, 1), perturbation_scale="unit",
-                              fixed_shift=False, prior_in_warmup=False),
+    "iada_paper": iada_method("Meta-IADA, paper's form", **PAPER),
     "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
     "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
     "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0),

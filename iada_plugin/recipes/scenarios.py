@@ -6,6 +6,7 @@ The meta set is always disjoint from training, validation and test samples.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -112,6 +113,7 @@ def load_digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return images[train], labels[train], images[test], labels[test]
 
 
+@functools.lru_cache(maxsize=1)  # decoding takes longer than many a small run
 def _load_images(data: str | None, image_size: int | None) -> tuple[Tensor, ...]:
     if data is None:
         x, y, test_x, test_y = load_digits()
