@@ -108,7 +108,8 @@ SHORT = ("--epochs", 3, "--warmup-ratio", 0.5, "--batch-size", 16, "--device", "
 
 
 def test_long_tail_on_cifars_layout(cifar, tmp_path):
-    out = run("long_tail.py", "--data", cifar, *SHORT, "--meta-per-class", 2, "--imbalance-ratio", 5, "--output", tmp_path / "out")  # fmt: skip
+    out = run("long_tail.py", "--data", cifar, *SHORT, "--meta-per-class", 2, "--imbalance-ratio", 5,
+              "--config", "prior_in_warmup=False", "--output", tmp_path / "out")  # fmt: skip
     assert "training samples per class: 18 15 12 10 8 7 6 5 4 3" in out and "resnet32" in out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     ce, iada = (results["methods"][m]["curve"] for m in ("ce", "iada"))
@@ -126,9 +127,7 @@ def test_long_tail_on_image_lists(tmp_path):
     for split, n in (("train", 24), ("test", 8)):
         lines = []
         for i in range(n):
-            path = tmp_path / split / f"{i}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(np.full((40, 40, 3), 200 * (i % 2), np.uint8)).save(path)
+            picture(tmp_path / split / f"{i}.png", 200 * (i % 2))
             lines.append(f"{split}/{i}.png {i % 2}")
         (tmp_path / f"Places_LT_{split}.txt").write_text("\n".join(lines))
     out = run("long_tail.py", "--data", tmp_path, *SHORT, "--model", "resnet10t", "--image-size", 32, "--meta-per-class", 2,
@@ -160,6 +159,40 @@ def test_noisy_labels(cifar, tmp_path):
     assert all(0 <= found[m]["noise_auroc"] <= 1 for m in found)
     out = run("noisy_labels.py", "--noise", "worse_label", ok=False)
     assert "error: noise 'worse_label' is CIFAR-10N's" in out and "Traceback" not in out
+
+
+def picture(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((40, 40, 3), value, np.uint8)).save(path)
+
+
+def test_subpopulation_on_waterbirds_layout(tmp_path):
+    lines = ["img_id,img_filename,y,split,place"]
+    for i in range(72):
+        picture(tmp_path / f"b/{i}.png", 3 * i)
+        lines.append(f"{i},b/{i}.png,{i % 2},{i // 24},{i // 2 % 2}")
+    (tmp_path / "metadata.csv").write_text("\n".join(lines) + "\n")
+    out = run("subpopulation.py", "--data", tmp_path, "--dataset", "waterbirds", *SHORT, "--model", "resnet10t", "--image-size", 32,
+              "--meta-per-group", 2, "--workers", 1, "--output", tmp_path / "out")  # fmt: skip
+    assert "meta 8, test 24" in out and "weighted as in training" in out
+
+
+def test_generalized_long_tail_on_an_annotation(tmp_path):
+    annotation = {"cat2id": {}, "id2cat": {}}
+    for split, n in (("train", 48), ("val", 12), ("test_bl", 12), ("test_bbl", 12)):
+        part = {"label": {}, "frequency": {}, "attribute": {}}
+        for i in range(n):
+            path = tmp_path / split / f"{i}.png"
+            picture(path, 5 * i)
+            part["label"][str(path)], part["frequency"][str(path)] = str(i % 2), 0
+            part["attribute"][str(path)] = i // 2 % 3
+        annotation[split] = part
+    path = tmp_path / "imagenet_sup_intra_lt_inter_lt.json"
+    path.write_text(json.dumps(annotation))
+    common = ("--data", path, *SHORT, "--model", "resnet10t", "--image-size", 32, "--method", "iada", "--output", tmp_path / "out")  # fmt: skip
+    assert "meta 12, test 12" in run("generalized_long_tail.py", *common)
+    out = run("generalized_long_tail.py", *common, "--protocol", "ALT", ok=False)
+    assert "ALT trains on ..._inter_bl.json" in out and "Traceback" not in out
 
 
 @pytest.mark.parametrize("name", ["long_tail", "noisy_labels", "generalized_long_tail", "subpopulation"])

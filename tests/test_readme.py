@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -49,11 +50,21 @@ def loop_names(tmp_path):
     return {"meta_loader": meta_loader, "loader": loader, "counts": [2] * 6 + [1] * 4, "epochs": 2, "model": model, "optimizer": optimizer}  # fmt: skip
 
 
+def noise_names(tmp_path):
+    return {"dataset": {"label": np.arange(200) % 4}}
+
+
 def split_names(tmp_path):
     return {"dataset": Dataset.from_dict({"label": [0, 1] * 20, "x": list(range(40))})}
 
 
-PREPARED = {"Trainer": trainer_names, "timm": timm_names, "config =": loop_names, "balanced_meta_split": split_names}
+PREPARED = {
+    "noisy_labels": noise_names,
+    "Trainer": trainer_names,
+    "timm": timm_names,
+    "config =": loop_names,
+    "balanced_meta_split": split_names,
+}
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
@@ -70,6 +81,9 @@ def test_python_blocks_run(index, tmp_path, monkeypatch):
         assert names["criterion"].step == 10 and names["criterion"].pop_metrics()["iada/meta_loss"] > 0
     elif key == "config =":
         assert names["iada"].step == 4 and type(names["model"].fc) is torch.nn.Linear
+    elif key == "noisy_labels":
+        label = names["dataset"]["label"]
+        assert len(names["meta_rows"]) == 20 and (names["noisy"] == label)[names["meta_rows"]].all()
     else:
         assert len(names["meta"]) == 20 and len(names["train"]) == 20
 

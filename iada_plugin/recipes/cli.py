@@ -41,6 +41,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     found.add_argument("--lr", type=float, help="learning rate at the start")
     found.add_argument("--warmup-ratio", type=float, help="share of the run of warm-up")
     found.add_argument("--image-size", type=int, help="scale images to this many pixels")
+    found.add_argument("--workers", type=int, default=0, help="processes that load image files")
     found.add_argument("--config", nargs="+", default=[], metavar="NAME=VALUE",
                        help="settings of IADAConfig, such as alpha=0.25 epsilon_range=-1,0")  # fmt: skip
     found.add_argument("--seed", type=int, default=0, help="of weights, draws and order")
@@ -76,7 +77,7 @@ def main(args: argparse.Namespace, build: Callable[[], Scenario]) -> None:
         scenario = build()
         settings = with_overrides(
             scenario.settings, model=args.model, epochs=args.epochs, batch_size=args.batch_size, lr=args.lr,
-            warmup_ratio=args.warmup_ratio,
+            warmup_ratio=args.warmup_ratio, workers=args.workers,
         )  # fmt: skip
         scenario.network(settings.model)
     except (OSError, ValueError) as error:

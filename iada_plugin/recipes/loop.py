@@ -122,10 +122,10 @@ def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def predict(model: nn.Module, samples: Samples, batch_size: int = 500) -> Tensor:
+def predict(model: nn.Module, samples: Samples, workers: int = 0) -> Tensor:
     """Predicted classes ``[N]``, on the CPU; the model is left in eval mode."""
     model.eval()
-    batches = Batches(samples, batch_size, shuffle=False)
+    batches = Batches(samples, 500 if isinstance(samples.x, Tensor) else 100, shuffle=False, workers=workers)
     return torch.cat([model(x).argmax(dim=1).cpu() for x, _ in batches])
 
 

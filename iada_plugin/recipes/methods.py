@@ -46,7 +46,7 @@ class Run:
     def meta_batches(self) -> Batches:
         """Batches of the meta set, augmented as in training."""
         size = min(self.settings.meta_batch_size or self.settings.batch_size, len(self.meta))
-        return Batches(self.meta, size, augment=self.scenario.augment)
+        return Batches(self.meta, size, augment=self.scenario.augment, workers=self.settings.workers)
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def run_method(
     train, meta = scenario.train.to(device), scenario.meta.to(device)
     if method.add_meta:
         train = _joined(train, meta)
-    batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True)
+    batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True, workers=settings.workers)
     optimizer, scheduler = make_optimizer(model, settings)
     run = Run(scenario, settings, train, meta, model, optimizer, len(batches), seed, config or {})
     torch.manual_seed(seed + 1)  # the same batches for every method until one of them draws differently
@@ -200,7 +200,7 @@ def run_method(
     val = None if scenario.val is None else scenario.val.to(device)
 
     def validate(model: nn.Module) -> float:
-        return next(iter(scenario.score(predict(model, val), scenario.val).values()))  # type: ignore[arg-type]
+        return next(iter(scenario.score(predict(model, val, settings.workers), scenario.val).values()))  # type: ignore[arg-type]
 
     first = (run.warmup_epochs if method.warms_up else 0) if scenario.keep_best and val is not None else None
     curve, seconds = fit(
@@ -215,9 +215,9 @@ def run_method(
     seconds += time.perf_counter() - start
     found: dict[str, Any] = {"curve": curve, "seconds": round(seconds, 1)}
     if val is not None:
-        found["validation"] = scenario.score(predict(model, val), scenario.val)  # type: ignore[arg-type]
+        found["validation"] = scenario.score(predict(model, val, settings.workers), scenario.val)  # type: ignore[arg-type]
     if test:
-        predictions = predict(model, scenario.test.to(device))
+        predictions = predict(model, scenario.test.to(device), settings.workers)
         found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}
     found["noise_auroc"] = _noise_auroc(criterion, train)
     return found

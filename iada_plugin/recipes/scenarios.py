@@ -59,6 +59,7 @@ class Settings:
     gamma: float = 0.01
     warmup_ratio: float = 0.8
     meta_batch_size: int | None = None
+    workers: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -219,7 +220,7 @@ def _image_lists(folder: Path, meta_per_class: int, image_size: int | None, seed
     meta, rest = balanced_meta_split(parts["train"].targets, meta_per_class, seed=seed, short="half")
     return _file_scenario(
         "long_tail", num_classes, parts["train"].select(rest), parts["train"].select(meta), test, val, image_size,
-        Settings("resnet50", 90, 256, lr=0.1, meta_batch_size=64),
+        Settings("resnet50", 90, 256, meta_batch_size=64, config={"meta_lr": 1e-4} if num_classes > 5000 else {}),
         class_scores(np.bincount(parts["train"].targets[rest], minlength=num_classes)),
     )  # fmt: skip
 

@@ -1,0 +1,208 @@
+"""The study behind the defaults, the ablation and the sensitivity to alpha and beta: validation samples only; resumable.
+
+    python benchmarks/study.py --data DATA                                  # everything
+    python benchmarks/study.py --data DATA --group ablation --seeds 0 1 2   # one group
+    python benchmarks/study.py --render                                     # tables and plot from what is there
+
+Uses the CPU-size scenarios of benchmarks/accuracy.py, without their test samples. Appends to
+benchmarks/results/study_cpu.jsonl, and writes study.md and sensitivity.png beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import numpy as np
+
+from iada_plugin.recipes.methods import PAPER, run_method, versions, with_overrides
+
+
+@dataclass
+class Variant:
+    """A form of the method: what differs from the defaults, and why one would try it."""
+
+    what: str
+    config: dict[str, Any] = field(default_factory=dict)
+    method: str = "iada"
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_FIXED = {"prior_in_warmup": False, "perturbation_size": 1.0}
+
+FORM = {
+    "ce": Variant("cross-entropy", method="ce"),
+    "la": Variant("Logit Adjustment", method="la"),
+    "isda_prior": Variant("ISDA + prior, no meta step", method="isda_prior"),
+    "mwn": Variant("Meta-Weight-Net", method="mwn"),
+    "group_dro": Variant("GroupDRO", method="group_dro"),
+    "lisa": Variant("LISA", method="lisa"),
+    "last_layer": Variant("CE, last layer on meta", method="last_layer"),
+    "default": Variant("5 nats of margin, no training through delta, prior in the warm-up"),
+    "paper": Variant("one unit in every feature, training through delta, CE warm-up", PAPER),
+    "CE warm-up": Variant("default, but plain CE in the warm-up", {"prior_in_warmup": False}),
+    "size 1": Variant("1 nat", {"perturbation_size": 1.0}),
+    "size 3": Variant("3 nats", {"perturbation_size": 3.0}),
+    "(-8, 1)": Variant("epsilon from -8 to 1 nat", {"perturbation_size": 1.0, "epsilon_range": (-8.0, 1.0)}),
+    "feature_std": Variant("delta in the features' spread", {"perturbation_scale": "feature_std", "perturbation_size": 1.0}),
+    "feature_std, CE": Variant("the same, CE warm-up", {**_FIXED, "perturbation_scale": "feature_std"}),
+    "size 1, CE": Variant("1 nat, CE warm-up", _FIXED),
+    "size 3, CE": Variant("3 nats, CE warm-up", {**_FIXED, "perturbation_size": 3.0}),
+    "size 8, CE": Variant("8 nats, CE warm-up", {**_FIXED, "perturbation_size": 8.0}),
+    "(-8, 1), CE": Variant("epsilon from -8 to 1 nat, CE warm-up", {**_FIXED, "epsilon_range": (-8.0, 1.0)}),
+    "(-8, 3), CE": Variant("epsilon from -8 to 3 nats, CE warm-up", {**_FIXED, "epsilon_range": (-8.0, 3.0)}),
+    "meta_lr 3e-4, CE": Variant("default, CE warm-up, slower network", {"prior_in_warmup": False, "meta_lr": 3e-4}),
+    "feature_std, through": Variant("the features' spread, training through delta, CE warm-up",
+                                    {**_FIXED, "perturbation_scale": "feature_std", "fixed_shift": False}),
+    "size 1, through": Variant("1 nat, training through delta, CE warm-up", {**_FIXED, "fixed_shift": False}),
+    "size 3, through": Variant("3 nats, training through delta, CE warm-up",
+                               {**_FIXED, "perturbation_size": 3.0, "fixed_shift": False}),
+    "(-8, 1), through": Variant("-8 to 1 nat, training through delta, CE warm-up",
+                                {**_FIXED, "epsilon_range": (-8.0, 1.0), "fixed_shift": False}),
+    "(-8, 3), through": Variant("-8 to 3 nats, training through delta, CE warm-up",
+                                {**_FIXED, "epsilon_range": (-8.0, 3.0), "fixed_shift": False}),
+}  # fmt: skip
+#: Meta steps from epoch 16 of 36 on, at the full learning rate: where a drift shows.
+EARLY = {
+    name: Variant(FORM[name].what, FORM[name].config, FORM[name].method, {"warmup_ratio": 16 / 36})
+    for name in ("la", "(-8, 1)", "size 1, CE", "feature_std, CE", "(-8, 1), CE", "size 1, through", "(-8, 1), through")
+}
+EARLY["isda_prior, CE"] = Variant(
+    "ISDA + prior after CE", {"prior_in_warmup": False}, "isda_prior", {"warmup_ratio": 16 / 36}
+)
+_OFF = {"meta_lr": 0.0}
+ABLATION = {
+    "none (CE)": Variant("", method="ce"),
+    "prior": Variant("", {**_OFF, "alpha": 0.0, "covariance_lr": 0.0}),
+    "variance": Variant("", {**_OFF, "beta": 0.0, "covariance_lr": 0.0}),
+    "perturbation": Variant("", {"alpha": 0.0, "beta": 0.0}),
+    "prior + variance": Variant("", {**_OFF, "covariance_lr": 0.0}),
+    "prior + variance, Sigma learned": Variant("", _OFF),
+    "prior + perturbation": Variant("", {"alpha": 0.0}),
+    "variance + perturbation": Variant("", {"beta": 0.0}),
+    "all three": Variant(""),
+}
+ALPHA = {f"alpha = {a}": Variant("", {"alpha": a}) for a in (0.1, 0.25, 0.5, 0.75, 1.0)}
+BETA = {f"beta = {b}": Variant("", {"beta": b}) for b in (0.5, 0.75, 1.0, 1.25, 1.5)}
+TITLES = {
+    "form": "Form", "early": "Meta steps from epoch 16 on", "ablation": "Terms of the loss", "alpha": "Weight of the variance term",
+    "beta": "Weight of the prior term",
+}  # fmt: skip
+GROUPS = {
+    "form": (FORM, ["cifar10_lt", "cifar10_flip2_40", "colored_mnist"]),
+    "early": (EARLY, ["cifar10_lt"]),
+    "ablation": (ABLATION, ["cifar10_lt"]),
+    "alpha": (ALPHA, ["cifar10_lt"]),
+    "beta": (BETA, ["cifar10_lt"]),
+}
+
+
+def run_one(group: str, name: str, task: str, seed: int, data: str, device: str) -> dict:
+    variant, chosen = GROUPS[group][0][name], accuracy.CPU[task]
+    scenario = chosen.build(str(Path(data) / chosen.file), seed)
+    settings = with_overrides(scenario.settings, **{**chosen.settings, **variant.settings})
+    found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
+                       config=variant.config, test=False)  # fmt: skip
+    return {"group": group, "variant": name, "scenario": task, "seed": seed, "config": variant.config,
+            "settings": asdict(settings), "versions": versions(), "machine": accuracy.machine(device), **found}  # fmt: skip
+
+
+def key(run: dict) -> tuple:
+    return run["group"], run["variant"], run["scenario"], run["seed"]
+
+
+def _cell(runs: list[dict], column: str) -> str:
+    values = [r[column] if column == "noise_auroc" else r["validation"].get(column) for r in runs]
+    values = [100 * v for v in values if v is not None and v == v]
+    if not values:
+        return ""
+    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{spread}"
+
+
+def table(runs: list[dict], group: str, task: str) -> list[str]:
+    variants = GROUPS[group][0]
+    columns = ["worst_group", "average"] if task == "colored_mnist" else ["accuracy", "many", "medium", "noise_auroc"]
+    columns = [c for c in columns if any(_cell([r], c) for r in runs)]
+    titles = {"noise_auroc": "AUROC of wrong labels", "worst_group": "worst group"}
+    lines = [
+        "| form | what | seeds | " + " | ".join(titles.get(c, c) for c in columns) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for name, variant in variants.items():
+        own = [r for r in runs if r["variant"] == name]
+        if own:
+            cells = [_cell(own, c) for c in columns]
+            lines.append(f"| {name} | {variant.what} | {len(own)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", sharey=True)
+    for ax, group in zip(axes, ("alpha", "beta"), strict=True):
+        points: dict[float, list[float]] = {}
+        for run in runs:
+            if run["group"] == group:
+                points.setdefault(run["config"][group], []).append(100 * run["validation"]["accuracy"])
+        x = sorted(points)
+        ax.errorbar(x, [np.mean(points[v]) for v in x], [np.std(points[v], ddof=1) if len(points[v]) > 1 else 0 for v in x],
+                    marker="o", capsize=3)  # fmt: skip
+        ax.set_xlabel(group)
+    axes[0].set_ylabel("validation accuracy in %")
+    fig.suptitle("CIFAR10-LT 100:1, CPU size", x=0.01, ha="left", fontsize=10)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def render(folder: Path) -> str:
+    runs = accuracy.read(folder / "study_cpu.jsonl")
+    notes = folder / "study_notes.md"
+    text = [notes.read_text().rstrip() if notes.is_file() else "# The study behind the defaults"]
+    for group, (_, tasks) in GROUPS.items():
+        for task in tasks:
+            own = [r for r in runs if r["group"] == group and r["scenario"] == task]
+            if own:
+                text += ["", f"## {TITLES[group]}: {accuracy.CPU[task].title}", "", *table(own, group, task)]
+    if any(r["group"] == "alpha" for r in runs):
+        plot(runs, folder / "sensitivity.png")
+        text += ["", "![Validation accuracy against alpha and beta](sensitivity.png)"]
+    return "\n".join(text) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="folder of the data sets, as for benchmarks/accuracy.py")
+    parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--scenario", nargs="+", choices=list(accuracy.CPU))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--render", action="store_true", help="only write the tables")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    path = args.results / "study_cpu.jsonl"
+    if not args.render:
+        if not args.data:
+            parser.error("--data is needed: the folder that holds cifar10/ and mnist/")
+        for group in args.group:
+            variants, tasks = GROUPS[group]
+            for task in [t for t in tasks if not args.scenario or t in args.scenario]:
+                for seed in args.seeds:
+                    for name in variants:
+                        if (group, name, task, seed) not in {key(r) for r in accuracy.read(path)}:
+                            print(f"{group}: {name}, {task}, seed {seed}", flush=True)
+                            accuracy.append(path, run_one(group, name, task, seed, args.data, args.device))
+    text = render(args.results)
+    (args.results / "study.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
