@@ -258,7 +258,7 @@ class MetaIADA:
 
     def close(self) -> None:
         """Remove the hooks and turn the classifier back into what it was. May be called twice."""
-        if self._calls and self.step <= self.warmup_steps and not self._closed:
+        if self._calls and self.epsilon is None and not self._closed:
             warnings.warn(
                 f"MetaIADA was closed before its first meta step: {self.step} optimizer steps were counted and the warm-up"
                 f" lasts {self.warmup_steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."

@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from iada_plugin import IADAConfig
 from iada_plugin.recipes.loop import Batches, Samples
 from iada_plugin.recipes.methods import Run
-from iada_plugin.recipes.scenarios import Scenario, Settings, balanced_scores
+from iada_plugin.recipes.scenario import Scenario, Settings, balanced_scores
 
 ROOT = Path(__file__).parents[1]
 

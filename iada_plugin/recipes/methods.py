@@ -16,7 +16,7 @@ from .. import __version__
 from ..config import IADAConfig
 from ..engine import MetaIADA
 from .loop import Batches, Samples, fit, predict
-from .scenarios import Scenario, Settings
+from .scenario import Scenario, Settings
 
 
 @dataclass
