@@ -56,7 +56,7 @@ class Task:
 
 
 _LONG_TAIL = ["ce", "focal", "cb_ce", "cb_focal", "ldam_drw", "la", "isda", "isda_prior", "metasaug", "mwn", "ce_meta",
-              "last_layer", "iada_paper", "iada"]  # fmt: skip
+              "last_layer", "la_meta", "iada_paper", "iada"]  # fmt: skip
 _NOISE = ["ce", "gce", "mwn", "ce_meta", "last_layer", "iada_paper", "iada"]
 _GROUPS = ["ce", "la", "group_dro", "mwn", "ce_meta", "last_layer", "iada_paper", "iada"]
 
@@ -89,7 +89,7 @@ CPU: dict[str, Task] = {
     "cifar10_glt": Task(
         "CIFAR-10 generalized long tail (classes 20:1, six pixel clusters a class), 16 x 16, ResNet-8, 36 epochs", "cifar10",
         lambda data, seed: make.generalized_long_tail(data, imbalance_ratio=20, n_max=1200, image_size=16, seed=seed),
-        ["ce", "la", "metasaug", "iada_paper", "iada"],
+        ["ce", "la", "metasaug", "la_meta", "iada_paper", "iada"],
         {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 28 / 36},
     ),
     "colored_mnist": Task(
@@ -104,7 +104,7 @@ CPU: dict[str, Task] = {
     "reuters52": Task(
         "Reuters R52 (natural long tail), averaging network, 15 epochs", "reuters52/reuters52.parquet",
         lambda data, seed: make.long_tail(data, seed=seed, meta_per_class=5),
-        ["ce", "cb_ce", "la", "isda_prior", "metasaug", "mwn", "ce_meta", "iada_paper", "iada"],
+        ["ce", "cb_ce", "la", "isda_prior", "metasaug", "mwn", "ce_meta", "la_meta", "iada_paper", "iada"],
         {"epochs": 15},
     ),
 }  # fmt: skip

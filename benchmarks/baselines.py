@@ -238,5 +238,6 @@ METHODS |= {
     "group_dro": Method("GroupDRO", GroupDRO),
     "lisa": Method("LISA", LISA),
     "ce_meta": Method("CE, train + meta", CrossEntropy, add_meta=True),
+    "la_meta": Method("Logit Adjustment, train + meta", _plain(logit_adjusted, counts=True), add_meta=True),
     "last_layer": Method("CE, last layer on meta", CrossEntropy, finish=retrain_last_layer),
 }  # fmt: skip

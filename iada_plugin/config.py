@@ -91,6 +91,10 @@ class IADAConfig:
             number = isinstance(setting.default, (int, float)) or name in _NUMBERS_OR_NONE
             if number and (isinstance(value, bool) or not isinstance(value, (int, float, type(setting.default)))):
                 raise ValueError(f"IADAConfig: {name}={value!r} must be a number.")
+        try:
+            low, high = self.epsilon_range
+        except (TypeError, ValueError):
+            raise ValueError(f"IADAConfig: epsilon_range={self.epsilon_range!r} must be (low, high).") from None
         self.epsilon_range = (float(self.epsilon_range[0]), float(self.epsilon_range[1]))
         low, high = self.epsilon_range
         self._check("alpha", self.alpha >= 0, "at least 0")

@@ -204,24 +204,28 @@ class MetaIADA:
         target = target.long()
         if self.in_warmup:
             self.statistics.observe(forward, target, characteristics=self.step >= self.statistics_start)
-            output = output.to(forward.dtype)
-            if self.config.prior_in_warmup and self.config.beta != 0:
-                output = output + self.config.beta * self.statistics.log_prior()
-            return mean_loss(output, target, denominator)
+            return mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator)
         first = self.statistics.begin_augmentation()
         f = self.statistics.observe(forward, target, characteristics=True)
         due = (self.step - self.warmup_steps) % self.config.meta_every == 0
         # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
-        if first and due and (self.config.meta_lr > 0 or self.config.covariance_lr > 0):
+        config = self.config
+        if first and due and (config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)):
             self.meta(forward, target, f, self.step)
         epsilon = self.meta.epsilon(f)
         self.meta.log.add(epsilon, target)
         self.epsilon = epsilon
         return self.meta.train_loss(forward.features, target, epsilon, denominator)
 
+    def _with_prior(self, output: Tensor) -> Tensor:
+        """Logits of the warm-up."""
+        if not self.config.prior_in_warmup or self.config.beta == 0:
+            return output
+        return output + self.config.beta * self.statistics.log_prior().to(output.dtype)
+
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
         if self.step < self.statistics_start:
-            return F.cross_entropy(output.float(), target.float())
+            return F.cross_entropy(self._with_prior(output.float()), target.float())
         raise ValueError(
             f"soft targets {list(target.shape)} at step {self.step}: from step {self.statistics_start} on, where class"
             " statistics are collected before the warm-up ends, IADA needs class indices. Switch mixup and cutmix off by"

@@ -95,8 +95,9 @@ class MetaStep:
         """Size of delta in every feature at epsilon = 1: ``[N]``."""
         kind, size, dtype = self.config.perturbation_scale, self.config.perturbation_size, self.head.covariance.dtype
         if kind == "margin":
-            bias = None if bias is None else bias.to(dtype)
-            return size * margin_scale(features.to(dtype), weight.to(dtype), bias, labels)
+            weight = weight.to(dtype)
+            logits = F.linear(features.to(dtype), weight, None if bias is None else bias.to(dtype))
+            return size * margin_scale(logits, weight, labels)
         if kind == "feature_std":
             return size * self.head.feature_std()[labels]
         return torch.full_like(features[:, 0], size, dtype=dtype)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
 from iada_plugin.perturbation import PerturbationNetwork
 
-NEUTRAL = {"alpha": 0.0, "beta": 0.0, "meta_lr": 0.0}
+NEUTRAL = {"alpha": 0.0, "beta": 0.0, "meta_lr": 1e-30}
 
 
 def images(n=12, classes=4, seed=0):
@@ -683,7 +683,7 @@ def test_wrappers():
 @pytest.mark.parametrize("field,value", [
     ("alpha", -1), ("beta", float("nan")), ("warmup_ratio", 1.0), ("warmup_epochs", -1), ("meta_every", 0),
     ("meta_batch_size", 0), ("meta_lr", -1), ("covariance_lr", 1.0), ("hypergradient", "exact"), ("schedule", "lazy"),
-    ("covariance", "low"), ("virtual_lr", 0), ("epsilon_range", (1, -1)), ("perturbation_scale", "x"),
+    ("covariance", "low"), ("virtual_lr", 0), ("epsilon_range", (1, -1)), ("epsilon_range", 3), ("fixed_shift", 1), ("perturbation_scale", "x"),
     ("covariance_step", "adam"), ("statistics_epochs", 0), ("alpha", "0.5"), ("meta_batch_size", 8.5), ("meta_lr", None),
 ])  # fmt: skip
 def test_settings_are_checked(field, value):
@@ -730,8 +730,11 @@ def test_prior_in_the_warmup_is_logit_adjustment():
     for counts in ([80, 15, 5], None):
         model = MLP()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        config = IADAConfig(warmup_epochs=2, prior_in_warmup=True)
+        config = IADAConfig(warmup_epochs=2, statistics_epochs=0.5)
         iada = MetaIADA(model, optimizer, meta_loader=[vectors(seed=1)], steps_per_epoch=1, epochs=3, config=config, class_counts=counts)  # fmt: skip
+        soft = F.one_hot(y, 3).float()
+        torch.testing.assert_close(iada(model(x), soft), iada(model(x), y))  # as with mixup
+        iada.statistics.reset(prior_known=counts is not None)
         seen = torch.ones(3)  # without counts: of the samples so far, one more of each class
         for _ in range(2):
             output = model(x)

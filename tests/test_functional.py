@@ -68,8 +68,8 @@ def test_a_fixed_shift_changes_no_logit_and_trains_no_weight():
 def test_margin_scale_moves_the_margin_by_one():
     """The margin over the other classes, weighted by their probabilities, by autograd and one explicit step."""
     h, w, b, y, *_ = data()
-    scale = IF.margin_scale(h, w, b, y)
     z = F.linear(h, w, b)
+    scale = IF.margin_scale(z, w, y)
     others = z.softmax(1).scatter(1, y[:, None], 0.0)
     others = others / others.sum(1, keepdim=True)
 
@@ -78,9 +78,16 @@ def test_margin_scale_moves_the_margin_by_one():
 
     moved = F.linear(h + scale[:, None] * IF.perturbation_direction(z, w, y), w, b)
     torch.testing.assert_close(margin(z) - margin(moved), torch.ones(len(y), dtype=z.dtype))
-    # a sample that is certain, and weights of any size
-    assert torch.isfinite(IF.margin_scale(1e4 * h, w, b, y)).all()
-    torch.testing.assert_close(IF.margin_scale(h / 100, 100 * w, b, y), scale / 100)
+    torch.testing.assert_close(IF.margin_scale(z, 100 * w, y), scale / 100)
+
+
+def test_the_direction_of_a_sample_that_is_certain():
+    """At a margin of 60 nats ``p - e_y`` is zero in float32; the direction is that of float64 all the same."""
+    h, w, b, y, *_ = data(dtype=torch.float64)
+    logits = F.linear(h, w, b) + 60 * F.one_hot(y, w.shape[0])
+    exact = IF.perturbation_direction(logits, w, y)
+    assert torch.equal(IF.perturbation_direction(logits.float(), w.float(), y).double(), exact)
+    assert exact.abs().all() and torch.isfinite(IF.margin_scale(logits.float(), w.float(), y)).all()
 
 
 def test_each_term_can_be_left_out():

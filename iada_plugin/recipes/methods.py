@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -45,7 +47,8 @@ class Run:
 
     def meta_batches(self) -> Batches:
         """Batches of the meta set, augmented as in training."""
-        size = min(self.settings.meta_batch_size or self.settings.batch_size, len(self.meta))
+        size = self.settings.meta_batch_size or self.settings.batch_size
+        size = math.ceil(len(self.meta) / math.ceil(len(self.meta) / size))  # no small rest
         return Batches(self.meta, size, augment=self.scenario.augment, workers=self.settings.workers)
 
 
