@@ -29,7 +29,9 @@ import torch
 from scipy.stats import ttest_rel
 
 from iada_plugin import metrics
+from iada_plugin.data.civilcomments import GROUPS
 from iada_plugin.recipes import scenarios as make
+from iada_plugin.recipes.cli import without_nan
 from iada_plugin.recipes.methods import Method, run_method, versions, with_overrides
 from iada_plugin.recipes.scenarios import Scenario
 
@@ -132,14 +134,20 @@ SIZES = {"cpu": CPU, "gpu": GPU}
 
 
 def read(path: Path) -> list[dict]:
-    """Whole lines only: a killed run may have left half of one."""
-    runs = []
+    """The last line of each run; half a line, left by a killed run, is passed over."""
+    runs: dict[tuple, dict] = {}
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            runs.append(json.loads(line))
+            run = json.loads(line)
         except json.JSONDecodeError:
             continue
-    return runs
+        runs[key(run)] = run
+    return list(runs.values())
+
+
+def key(run: dict) -> tuple:
+    """What is run once. A run of other settings (of other code) takes the place of the earlier one with --again."""
+    return tuple(run.get(name) for name in ("group", "variant", "scenario", "method", "seed"))
 
 
 def append(path: Path, run: dict) -> None:
@@ -151,16 +159,13 @@ def append(path: Path, run: dict) -> None:
 
 
 def machine(device: str) -> str:
-    if device != "cpu":
+    if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
-def key(run: dict) -> tuple:
-    return run["scenario"], run["method"], run["seed"]
-
-
 def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namespace) -> dict:
+    on = machine(args.device)
     scenario = task.build(str(Path(args.data) / task.file), seed)
     settings = with_overrides(scenario.settings, **task.settings)
     found = run_method(scenario, METHODS[method], settings=settings, seed=seed, device=args.device)
@@ -171,7 +176,7 @@ def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namesp
     return {
         "scenario": name, "method": method, "seed": seed, "title": task.title, "settings": asdict(settings),
         "rows": {"train": len(scenario.train), "meta": len(scenario.meta), "test": len(scenario.test)},
-        "versions": versions(), "machine": machine(args.device), **found,
+        "versions": versions(), "machine": on, **without_nan(found),
     }  # fmt: skip
 
 
@@ -195,7 +200,8 @@ def table(runs: list[dict], task: Task) -> list[str]:
         if first == "accuracy":  # balanced test set: the same figure
             columns.remove("macro_accuracy")
     main = columns[0]
-    means = {c: {m: np.mean([_value(r, c) for r in own]) for m, own in by_method.items()
+    shared = set.intersection(*({r["seed"] for r in own} for own in by_method.values()))
+    means = {c: {m: np.mean([_value(r, c) for r in own if r["seed"] in shared]) for m, own in by_method.items()
                  if all(_value(r, c) is not None for r in own)} for c in columns}  # fmt: skip
     lines = [
         "| method | seeds | "
@@ -212,11 +218,28 @@ def table(runs: list[dict], task: Task) -> list[str]:
                 continue
             values = 100 * np.array([_value(r, c) for r in own])
             text = f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
-            cells.append(f"**{text}**" if means[c][method] == max(means[c].values()) else text)
+            cells.append(f"**{text}**" if shared and means[c][method] == max(means[c].values()) else text)
         pairs = [(reference[r["seed"]], _value(r, main)) for r in own if r["seed"] in reference]
         cells.append("" if method == "iada" or not pairs else _difference(np.array(pairs)))
         seconds = np.median([r["seconds"] for r in own])
         lines.append(f"| {METHODS[method].title} | {len(own)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
+    return lines
+
+
+def intervals(runs: list[dict]) -> list[str]:
+    """The worst group of each run with overlapping groups: its name, size and 95 % bootstrap interval."""
+    runs = [r for r in runs if "worst_group_interval_95" in r]
+    if not runs:
+        return []
+    lines = [
+        "",
+        "| method | seed | worst group | rows | accuracy | 95 % bootstrap interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in sorted(runs, key=lambda r: (list(METHODS).index(r["method"]), r["seed"])):
+        m, (low, high) = run["metrics"], run["worst_group_interval_95"]
+        lines.append(f"| {METHODS[run['method']].title} | {run['seed']} | {GROUPS[m['worst_group_index']]} |"
+                     f" {m['worst_group_size']} | {100 * m['worst_group']:.1f} | {100 * low:.1f} to {100 * high:.1f} |")  # fmt: skip
     return lines
 
 
@@ -237,20 +260,24 @@ def render(size: str, folder: Path) -> str:
     runs = read(folder / f"accuracy_{size}.jsonl")
     tasks = SIZES[size]
     text = [f"# Accuracy, {size.upper()} size", "",
-            "Test figures in %, mean and standard deviation over seeds, best in bold. Every method of a table has the same"
+            "Test figures in %, mean and standard deviation over seeds, best in bold (over the seeds that all methods have). Every method of a table has the same"
             " weights at the start, the same epochs and the same optimizer; methods with a meta step, `CE, train + meta` and `CE,"
             " last layer on meta` use the meta set, the others do not. The last but one column gives Meta-IADA's difference on"
             " each seed and the p-value of a paired t-test (three seeds: read it with care). Made by"
             f" `python benchmarks/accuracy.py --data DATA --size {size}`; every run is in"
             f" [accuracy_{size}.jsonl](accuracy_{size}.jsonl)."]  # fmt: skip
     for name, task in tasks.items():
-        own = [r for r in runs if r["scenario"] == name]
+        failed = [f"{METHODS[r['method']].title}, seed {r['seed']}: {r['error']}" for r in runs if r["scenario"] == name and "error" in r]  # fmt: skip
+        own = [r for r in runs if r["scenario"] == name and "error" not in r]
         if not own:
             continue
+        if any(r["settings"] != own[0]["settings"] for r in own):
+            raise SystemExit(f"error: the runs of {name} have different settings: repeat the older ones with --again.")
         rows = own[0]["rows"]
-        text += ["", f"## {task.title}", "", *table(own, task), "",
+        text += ["", f"## {task.title}", "", *table(own, task), *intervals(own), "",
                  f"{rows['train']} training, {rows['meta']} meta and {rows['test']} test samples; {own[0]['machine']};"
-                 f" torch {own[0]['versions']['torch']}. Settings: `{_short(own[0]['settings'])}`."]  # fmt: skip
+                 f" torch {own[0]['versions']['torch']}. Settings: `{_short(own[0]['settings'])}`.",
+                 *([""] if failed else []), *(f"Failed: {line}." for line in failed)]  # fmt: skip
     return "\n".join(text) + "\n"
 
 
@@ -268,6 +295,9 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--again", action="store_true", help="repeat what is there; the new run takes the old one's place"
+    )
     parser.add_argument("--render", action="store_true", help="only write the tables")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
@@ -293,10 +323,15 @@ def main() -> None:
             if not (Path(args.data) / tasks[name].file).exists():
                 print(f"skipped {name}: no {tasks[name].file} in {args.data}")
                 continue
-            if (name, method, seed) in {key(r) for r in read(path)}:
+            wanted = {"scenario": name, "method": method, "seed": seed}
+            if not args.again and key(wanted) in {key(r) for r in read(path)}:
                 continue
             print(f"[{number + 1}/{len(grid)}] {name}, {METHODS[method].title}, seed {seed}", flush=True)
-            append(path, run_one(name, tasks[name], method, seed, args))
+            try:
+                append(path, run_one(name, tasks[name], method, seed, args))
+            except (RuntimeError, ValueError) as error:  # one run that diverges must not stop the grid at every start
+                append(path, {**wanted, "error": f"{type(error).__name__}: {error}"})
+                print(f"failed, and not tried again without --again: {error}", flush=True)
     text = render(args.size, args.results)
     (args.results / f"accuracy_{args.size}.md").write_text(text)
     print(text)

@@ -70,12 +70,12 @@ class NormalizedLinear(nn.Linear):
 
 
 class _LDAM:
-    """LDAM on cosine logits, with class-balanced weights from the epoch where the others' warm-up ends (DRW)."""
+    """LDAM on cosine logits, with class-balanced weights in the last fifth of the run (DRW)."""
 
     def __init__(self, run: Run) -> None:
         _, layer = find_classifier(run.model, "bert.classifier" if hasattr(run.model, "bert") else None)
         layer.__class__ = NormalizedLinear
-        self.counts, self.start, self.epoch = run.counts, max(run.warmup_epochs, round(0.8 * run.settings.epochs)), 0
+        self.counts, self.start, self.epoch = run.counts, round(0.8 * run.settings.epochs), 0
         self.weights = class_balanced_weights(run.counts)
 
     def begin_epoch(self, epoch: int) -> None:
@@ -234,7 +234,7 @@ METHODS |= {
     "la": Method("Logit Adjustment", _plain(logit_adjusted, counts=True)),
     "gce": Method("generalized CE", _plain(generalized_cross_entropy)),
     "mwn": Method("Meta-Weight-Net", lambda run: IADA(
-        run, MetaWeightNet, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit"), warms_up=True),
+        run, MetaWeightNet, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit")),
     "group_dro": Method("GroupDRO", GroupDRO),
     "lisa": Method("LISA", LISA),
     "ce_meta": Method("CE, train + meta", CrossEntropy, add_meta=True),

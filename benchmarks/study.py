@@ -107,11 +107,8 @@ def run_one(group: str, name: str, task: str, seed: int, data: str, device: str)
     found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
                        config=variant.config, test=False)  # fmt: skip
     return {"group": group, "variant": name, "scenario": task, "seed": seed, "config": variant.config,
-            "settings": asdict(settings), "versions": versions(), "machine": accuracy.machine(device), **found}  # fmt: skip
-
-
-def key(run: dict) -> tuple:
-    return run["group"], run["variant"], run["scenario"], run["seed"]
+            "settings": asdict(settings), "versions": versions(), "machine": accuracy.machine(device),
+            **accuracy.without_nan({k: v for k, v in found.items() if k != "config"})}  # fmt: skip
 
 
 def _cell(runs: list[dict], column: str) -> str:
@@ -196,7 +193,8 @@ def main() -> None:
             for task in [t for t in tasks if not args.scenario or t in args.scenario]:
                 for seed in args.seeds:
                     for name in variants:
-                        if (group, name, task, seed) not in {key(r) for r in accuracy.read(path)}:
+                        wanted = {"group": group, "variant": name, "scenario": task, "seed": seed}
+                        if accuracy.key(wanted) not in {accuracy.key(r) for r in accuracy.read(path)}:
                             print(f"{group}: {name}, {task}, seed {seed}", flush=True)
                             accuracy.append(path, run_one(group, name, task, seed, args.data, args.device))
     text = render(args.results)

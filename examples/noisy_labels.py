@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--noise", choices=[*NOISE_KINDS, *scenarios.CIFAR10N, "none"], default="flip2")
     parser.add_argument("--rate", type=float, default=0.4, help="share of noise")
     parser.add_argument("--samples-per-class", type=int, help="default: all")
-    parser.add_argument("--meta-per-class", type=int, help="clean samples (default: 100, digits: 10)")
+    parser.add_argument("--meta-per-class", type=int, help="clean samples (default: 1,000 in all; digits: 10)")
     args = parser.parse_args()
     cli.main(args, lambda: scenarios.label_noise(
         args.data, kind=args.noise, rate=args.rate, samples_per_class=args.samples_per_class,

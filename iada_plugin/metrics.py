@@ -59,6 +59,8 @@ def worst_group_interval(
     """
     correct, groups = np.asarray(correct, dtype=float), np.asarray(groups, dtype=float)
     groups = groups[:, groups.sum(axis=0) >= max(min_size, 1)]
+    if groups.shape[1] == 0:
+        raise ValueError(f"no group has {min_size} rows: lower min_size.")
     rng = np.random.default_rng(seed)
     n = len(correct)
     worst = np.empty(draws)
@@ -101,7 +103,11 @@ def group_memberships(groups: Any, num_groups: int) -> np.ndarray:
 
 def confusion_matrix(predictions: Any, labels: Any, num_classes: int) -> np.ndarray:
     """``[C, C]`` counts: row the label, column the prediction; ``predictions`` and ``labels`` are ``[N]``."""
-    cells = np.asarray(labels) * num_classes + np.asarray(predictions)
+    labels, predictions = np.asarray(labels), np.asarray(predictions)
+    for name, values in (("predictions", predictions), ("labels", labels)):
+        if values.size and (values.min() < 0 or values.max() >= num_classes):
+            raise ValueError(f"{name} must be in 0..{num_classes - 1}, got {values.min()} to {values.max()}.")
+    cells = labels * num_classes + predictions
     return np.bincount(cells, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

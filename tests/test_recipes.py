@@ -132,7 +132,7 @@ def test_signals_are_scored_by_the_area_under_the_curve():
         held["criterion"], held["train"] = original(run), run.train
         return held["criterion"]
 
-    found = run_method(scenario, type(METHODS["iada"])("x", criterion, warms_up=True), settings=settings)
+    found = run_method(scenario, type(METHODS["iada"])("x", criterion), settings=settings)
     wrong = (held["train"].y != held["train"].clean).numpy()
     assert found["noise_auroc"] == pytest.approx(roc_auc_score(wrong, held["criterion"].signal.numpy()))
     assert held["criterion"].signal.std() > 0 and found["metrics"]["accuracy"] > 0.5
@@ -163,11 +163,63 @@ def test_the_grid_resumes(tmp_path):
         file.write('{"scenario": "dig')  # killed
     accuracy.append(path, {**run, "method": "iada", "metrics": {"accuracy": 0.5, "macro_precision": 0.25}})
     runs = accuracy.read(path)
-    assert [accuracy.key(r) for r in runs] == [("digits", "ce", 0), ("digits", "iada", 0)]
+    assert [(r["method"], r["seed"]) for r in runs] == [("ce", 0), ("iada", 0)]
+    accuracy.append(path, {**runs[1], "seconds": 7.5})  # repeated: the later one counts
+    assert [r["seconds"] for r in accuracy.read(path)] == [run["seconds"], 7.5]
     table = "\n".join(accuracy.table(runs, task))
     mine = 100 * run["metrics"]["accuracy"]
     assert f"{50 - mine:+.1f}" in table and "**50.0**" in table if mine < 50 else f"**{mine:.1f}**" in table
     assert {"settings", "versions", "machine", "curve", "seconds"} <= set(run)
+    with pytest.raises(SystemExit, match="different settings"):
+        accuracy.CPU = {"digits": task}
+        accuracy.SIZES = {"cpu": accuracy.CPU}
+        accuracy.append(path, {**runs[1], "seed": 1, "settings": {}})
+        accuracy.render("cpu", tmp_path)
+
+
+def test_a_run_that_fails_does_not_stop_the_grid(tmp_path, monkeypatch, capsys):
+    accuracy = load("accuracy")
+
+    def fail(data, seed):
+        raise ValueError("no such thing")
+
+    (tmp_path / "x").mkdir()
+    monkeypatch.setattr(
+        accuracy,
+        "SIZES",
+        {
+            "cpu": {
+                "a": accuracy.Task("A", "x", fail, ["ce"]),
+                "b": accuracy.Task("B", "x", lambda d, s: scenarios.label_noise(seed=s), ["ce"], {"epochs": 1}),
+            }
+        },
+    )
+    for _ in range(2):
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["accuracy.py", "--data", str(tmp_path), "--seeds", "0", "--results", str(tmp_path), "--device", "cpu"],
+        )
+        accuracy.main()
+    out = capsys.readouterr().out
+    assert out.count("failed, and not tried again") == 1 and out.count("[2/2] b") == 1
+    assert "## B" in (tmp_path / "accuracy_cpu.md").read_text()
+
+
+def test_epochs_of_the_warm_up_and_fixed_settings():
+    scenario = scenarios.colored_mnist()
+    settings = with_overrides(scenario.settings, epochs=3, warmup_ratio=0.1)
+    seen = {}
+    method = METHODS["iada"]
+
+    def criterion(run):
+        seen["criterion"] = method.criterion(run)
+        return seen["criterion"]
+
+    found = run_method(scenario, type(method)("x", criterion), settings=settings, config={"warmup_epochs": 1.5})
+    assert seen["criterion"].warmup_epochs == 2 and found["config"]["warmup_epochs"] == 1.5
+    with pytest.raises(ValueError, match="has its own perturbation_size"):
+        run_method(scenario, METHODS["iada_paper"], settings=settings, config={"perturbation_size": 3.0})
 
 
 def test_the_grid_skips_what_is_missing(tmp_path):

@@ -127,18 +127,18 @@ def glt_splits(
 
     test_balanced: list[int] = []
     test_class_balanced: list[int] = []
+    least = min(left, key=lambda cell: len(left[cell]))
+    size = min(test_per_cell, len(left[least]) // 4)  # the same in every cell, or classes would not be balanced
+    if size < 1:
+        raise ValueError(
+            f"class {least[0]} has {len(left[least])} rows of attribute {least[1]}: 4 are needed for a test row."
+        )
+    wanted = [max(1, round(size * len(share) * s)) for s in share]
     for y in range(num_classes):
-        size = min(test_per_cell, *(len(left[y, a]) // 4 for a in range(len(share))))
-        if size < 1:
-            least = min(range(len(share)), key=lambda a: len(left[y, a]))
-            raise ValueError(
-                f"class {y} has {len(left[y, least])} rows of attribute {least}: 4 are needed for a test row."
-            )
         for a in range(len(share)):
             test_balanced += take(y, a, size)
         for a in range(len(share)):
-            wanted = max(1, round(size * len(share) * share[a]))
-            test_class_balanced += take(y, a, min(wanted, len(left[y, a]) // 2))
+            test_class_balanced += take(y, a, min(wanted[a], len(left[y, a]) // 2))
 
     def long_tailed(sizes: Sequence[int]) -> list[int]:
         return [row for (y, a), cell in left.items() for row in cell[: max(1, int(sizes[y] * share[a]))]]

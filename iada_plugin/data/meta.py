@@ -96,6 +96,7 @@ def as_labels(data: Any) -> np.ndarray:
             f"the labels of a {type(data).__name__} cannot be read without loading every sample: pass them as an array,"
             " or give the data set an attribute `targets`."
         )
+    data = data.detach().cpu() if isinstance(data, torch.Tensor) else data
     labels = np.asarray(data if known is None else known)
     if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iub":
         raise ValueError(
@@ -129,7 +130,7 @@ def labels_of(data: Any) -> torch.Tensor | None:
     if found is None:
         return None
     try:
-        labels = torch.as_tensor(np.asarray(found))
+        labels = found.detach().cpu() if isinstance(found, torch.Tensor) else torch.as_tensor(np.asarray(found))
     except (TypeError, ValueError):
         return None
     return labels if labels.dim() == 1 and not labels.is_floating_point() else None

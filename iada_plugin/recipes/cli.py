@@ -88,17 +88,31 @@ def main(args: argparse.Namespace, build: Callable[[], Scenario]) -> None:
     shown = f"{counts[0]} ... {counts[-1]} ({len(counts)} classes)" if len(counts) > 20 else " ".join(map(str, counts))
     print(f"training samples per class: {shown}; meta {len(scenario.meta)}, test {len(scenario.test)}")
     print(f"{settings.model}, {settings.epochs} epochs, {args.device}")
-    found: dict[str, dict[str, Any]] = {}
-    for name in args.method:
-        run = run_method(scenario, METHODS[name], settings=settings, seed=args.seed, device=args.device, config=config)
-        run.pop("predictions")
-        found[name] = run
-    _print_table(found, len(scenario.test))
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"arguments": vars(args), "settings": asdict(settings), "counts": counts, "versions": versions(), "methods": found}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results, indent=2))
+    found: dict[str, dict[str, Any]] = {}
+    for name in args.method:
+        try:
+            run = run_method(
+                scenario, METHODS[name], settings=settings, seed=args.seed, device=args.device, config=config
+            )
+        except (ValueError, RuntimeError, NotImplementedError) as error:
+            raise SystemExit(f"error: {METHODS[name].title}: {error}") from error
+        run.pop("predictions")
+        found[name] = run
+        results = {"arguments": vars(args), "settings": asdict(settings), "counts": counts, "versions": versions(), "methods": found}  # fmt: skip
+        (folder / "results.json").write_text(json.dumps(without_nan(results), indent=2))
+    _print_table(found, len(scenario.test))
     print(f"\nWrote {folder / 'results.json'}.")
+
+
+def without_nan(value: Any) -> Any:
+    """The same with ``None`` for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
 
 
 def _print_table(found: dict[str, dict[str, Any]], rows: int) -> None:

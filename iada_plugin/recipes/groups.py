@@ -57,7 +57,7 @@ def photographs(
     Args:
         data: the data set's folder.
         dataset: "waterbirds" or "celeba".
-        meta_per_group: of the four groups, at most half of a group.
+        meta_per_group: of the four groups; half of a group that has no more than so many.
         image_size: 224 by default.
         seed: of the draw.
     """

@@ -167,7 +167,7 @@ def label_noise(
         kind: "uniform", "flip1", "flip2", "none", or a column of ``cifar10n.npz`` in that folder, such as "worse_label".
         rate: share of noise, for the first three.
         samples_per_class: training samples, by default all.
-        meta_per_class: clean ones: 100 for CIFAR-10 (1,000 in all, as published), 10 for digits.
+        meta_per_class: clean ones: 1,000 in all for CIFAR, as published; 10 for digits.
         val_per_class: clean validation samples.
         image_size: scale images to this many pixels.
         augment: random crops.
@@ -182,7 +182,9 @@ def label_noise(
         noisy = _cifar10n(data, kind, y)
     else:
         noisy = torch.from_numpy(noisy_labels(y, kind, rate, num_classes=num_classes, seed=seed)[0])
-    meta, rest = balanced_meta_split(y, meta_per_class or (100 if data else 10), seed=seed)
+    if meta_per_class is None:
+        meta_per_class = max(1, 1000 // num_classes) if data else 10
+    meta, rest = balanced_meta_split(y, meta_per_class, seed=seed)
     left = np.asarray(rest)
     val = None
     if val_per_class:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__
+from ..capture import seed_rng
 from ..config import IADAConfig
 from ..engine import MetaIADA
 from .loop import Batches, Samples, fit, predict
@@ -61,14 +61,12 @@ class Method:
         criterion: makes ``criterion(output, y, rows) -> loss``; `fit` tells what else it may have.
         add_meta: train on the meta samples too.
         finish: called after training, with the run and the criterion.
-        warms_up: whether ``warmup_ratio`` of the run is warm-up; such epochs are never selected as its result.
     """
 
     title: str
     criterion: Callable[[Run], Any]
     add_meta: bool = False
     finish: Callable[[Run, Any], None] | None = None
-    warms_up: bool = False
 
 
 class CrossEntropy:
@@ -88,6 +86,8 @@ class IADA:
     """Meta-IADA as `fit` calls it; keeps each sample's last epsilon, with its sign turned: large for wrong labels."""
 
     def __init__(self, run: Run, engine: type[MetaIADA] = MetaIADA, **config: Any) -> None:
+        if fixed := sorted(set(config) & set(run.config)):
+            raise ValueError(f"this method has its own {', '.join(fixed)}: use 'iada' to choose.")
         config = {
             "warmup_ratio": run.settings.warmup_ratio,
             "seed": run.seed,
@@ -100,6 +100,8 @@ class IADA:
             run.model, run.optimizer, meta_loader=run.meta_batches(), class_counts=run.counts,
             steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=IADAConfig(**config), **classifier,
         )  # fmt: skip
+        #: Epochs that must not be selected as the method's result.
+        self.warmup_epochs = math.ceil(self.engine.warmup_steps / run.steps_per_epoch)
         self.signal = torch.zeros(len(run.train), device=run.train.y.device)
 
     def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
@@ -120,13 +122,13 @@ class IADA:
 
 def iada_method(title: str, **config: Any) -> Method:
     """Meta-IADA with these settings of `IADAConfig`."""
-    return Method(title, lambda run: IADA(run, **config), warms_up=True)
+    return Method(title, lambda run: IADA(run, **config))
 
 
 #: epsilon = 0 and the covariances as estimated: no meta step.
 _NOTHING_LEARNED = {"meta_lr": 0.0, "covariance_lr": 0.0}
 
-#: The published form of the method, as far as it is published.
+#: The perturbation and the warm-up as published.
 PAPER = {
     "epsilon_range": (-1, 1),
     "perturbation_scale": "unit",
@@ -138,7 +140,7 @@ PAPER = {
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", CrossEntropy),
     "iada": iada_method("Meta-IADA"),
-    "iada_paper": iada_method("Meta-IADA, paper's form", **PAPER),
+    "iada_paper": iada_method("Meta-IADA, paper's perturbation", **PAPER),
     "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
     "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
     "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0),
@@ -184,11 +186,11 @@ def run_method(
         test: score the test samples; off while settings are chosen.
 
     Returns:
-        ``metrics`` (test), ``validation``, ``curve``, ``seconds``, ``predictions`` and, where true labels are known,
+        ``metrics`` (test), ``validation``, ``config`` (of the IADA loss, where the method has it), ``curve``, ``seconds``, ``predictions`` and, where true labels are known,
         ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first.
     """
     settings = settings or scenario.settings
-    torch.manual_seed(seed)
+    seed_rng(torch.device(device), seed)  # Python's and NumPy's too: image transforms draw from them
     model = scenario.network(settings.model).to(device)
     if next(model.parameters()).is_floating_point() and any(p.dim() == 4 for p in model.parameters()):
         model = model.to(memory_format=torch.channels_last)
@@ -198,14 +200,14 @@ def run_method(
     batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True, workers=settings.workers)
     optimizer, scheduler = make_optimizer(model, settings)
     run = Run(scenario, settings, train, meta, model, optimizer, len(batches), seed, config or {})
-    torch.manual_seed(seed + 1)  # the same batches for every method until one of them draws differently
+    seed_rng(torch.device(device), seed + 1)  # the same batches for every method until one of them draws differently
     criterion = method.criterion(run)
     val = None if scenario.val is None else scenario.val.to(device)
 
     def validate(model: nn.Module) -> float:
         return next(iter(scenario.score(predict(model, val, settings.workers), scenario.val).values()))  # type: ignore[arg-type]
 
-    first = (run.warmup_epochs if method.warms_up else 0) if scenario.keep_best and val is not None else None
+    first = getattr(criterion, "warmup_epochs", 0) if scenario.keep_best and val is not None else None
     curve, seconds = fit(
         model, batches, criterion, optimizer, settings.epochs, scheduler=scheduler,
         validate=None if val is None else validate, keep_best_after=first, description=method.title,
@@ -219,6 +221,8 @@ def run_method(
     found: dict[str, Any] = {"curve": curve, "seconds": round(seconds, 1)}
     if val is not None:
         found["validation"] = scenario.score(predict(model, val, settings.workers), scenario.val)  # type: ignore[arg-type]
+    if hasattr(criterion, "engine"):
+        found["config"] = criterion.engine.config.to_dict()
     if test:
         predictions = predict(model, scenario.test.to(device), settings.workers)
         found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import torch
 import torch.nn.functional as F
@@ -167,9 +168,8 @@ def create_network(name: str, num_classes: int, in_chans: int = 3) -> nn.Module:
     """
     if name in {f"resnet{d}" for d in (8, 20, 32, 44, 56, 110)}:
         return CifarResNet(int(name.removeprefix("resnet")), num_classes, in_chans)
-    if name.startswith("wrn") and name.count("_") == 1:
-        depth, width = name.removeprefix("wrn").split("_")
-        return WideResNet(int(depth), int(width), num_classes, in_chans)
+    if wide := re.fullmatch(r"wrn(\d+)_(\d+)", name):
+        return WideResNet(int(wide[1]), int(wide[2]), num_classes, in_chans)
     if name == "smallconv":
         return SmallConvNet(num_classes, in_chans)
     import timm

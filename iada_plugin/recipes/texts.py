@@ -42,7 +42,7 @@ def reuters(path: str, *, meta_per_class: int = 10, seed: int = 0) -> Scenario:
 
     Args:
         path: Parquet file with the columns ``text``, ``label`` and ``split`` ("train" or "test").
-        meta_per_class: training documents for the meta set, at most half of a class.
+        meta_per_class: training documents for the meta set; half of a class that has no more than so many.
         seed: of the draw.
     """
     import pyarrow.parquet
@@ -89,7 +89,7 @@ def comments(data: str | None = None, *, meta_per_group: int = 20, meta_from: st
 
     Args:
         data: CSV in WILDS' layout, or ``None`` for a generated sample.
-        meta_per_group: meta rows for each of the 16 groups, at most half of a group.
+        meta_per_group: meta rows for each of the 16 groups; half of a group that has no more than so many.
         meta_from: split the meta set is drawn from.
         seed: of the draw.
     """
