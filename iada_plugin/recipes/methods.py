@@ -40,11 +40,6 @@ class Run:
         """``[C]`` training samples of each class."""
         return torch.bincount(self.train.y, minlength=self.scenario.num_classes)
 
-    @property
-    def warmup_epochs(self) -> int:
-        """Epochs before what a method does later."""
-        return round(self.settings.warmup_ratio * self.settings.epochs)
-
     def meta_batches(self) -> Batches:
         """Batches of the meta set, augmented as in training."""
         size = self.settings.meta_batch_size or self.settings.batch_size
