@@ -217,6 +217,9 @@ def test_more_metrics_against_scikit_learn():
     expected = precision_score(labels[few], predictions[few], average="macro", labels=[0, 1, 2], zero_division=0)
     assert macro_precision(predictions[few], labels[few], 5) == pytest.approx(expected)
 
+    with pytest.raises(ValueError, match=r"predictions must be in 0..2, got 0 to 3"):
+        confusion_matrix([0, 3], [0, 0], 3)
+
     correct, groups = predictions == labels, rng.integers(0, 3, 300)
     member = group_memberships(groups, 3)
     shares = np.array([70, 20, 10])

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_baselines import load
 
@@ -228,3 +229,18 @@ def test_the_grid_skips_what_is_missing(tmp_path):
     out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert out.returncode == 0 and "skipped reuters52: no reuters52/reuters52.parquet" in out.stdout, out.stderr
     assert (tmp_path / "results" / "accuracy_cpu.md").is_file()
+
+
+def test_image_files_are_seeded_too(tmp_path):
+    """timm's transforms draw from Python's random state."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for i in range(12):
+            path = tmp_path / split / f"{i}.png"
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+        (tmp_path / f"X_LT_{split}.txt").write_text("\n".join(f"{split}/{i}.png {i % 2}" for i in range(12)))
+    scenario = scenarios.long_tail(str(tmp_path), meta_per_class=2, image_size=32)
+    settings = with_overrides(scenario.settings, model="resnet8", epochs=1, batch_size=4)
+    first, second = (run_method(scenario, METHODS["ce"], settings=settings)["curve"] for _ in range(2))
+    assert first == second
