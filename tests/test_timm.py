@@ -136,7 +136,8 @@ def test_task_warm_up_is_the_plain_task():
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in models]
     plain = ClassificationTask(models[0], verbose=False)
-    ours = MetaIADATask(models[1], optimizer=optimizers[1], **options())
+    config = IADAConfig(warmup_epochs=2, prior_in_warmup=False)
+    ours = MetaIADATask(models[1], optimizer=optimizers[1], **options(config=config))
     for task, optimizer in zip((plain, ours), optimizers, strict=True):
         train(task, optimizer, range(2))
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
