@@ -260,10 +260,12 @@ def render(size: str, folder: Path) -> str:
     runs = read(folder / f"accuracy_{size}.jsonl")
     tasks = SIZES[size]
     text = [f"# Accuracy, {size.upper()} size", "",
-            "Test figures in %, mean and standard deviation over seeds, best in bold (over the seeds that all methods have). Every method of a table has the same"
-            " weights at the start, the same epochs and the same optimizer; methods with a meta step, `CE, train + meta` and `CE,"
-            " last layer on meta` use the meta set, the others do not. The last but one column gives Meta-IADA's difference on"
-            " each seed and the p-value of a paired t-test (three seeds: read it with care). Made by"
+            "Test figures in %, mean and standard deviation over seeds, best in bold (over the seeds that all methods have)."
+            " Every method of a table has the same weights at the start, the same epochs and the same optimizer. Methods with"
+            " a meta step and those named after it use the meta set, the others do not; GroupDRO and LISA are told the groups"
+            " of the training samples, the others are not. The last but one column gives Meta-IADA's difference on each seed"
+            " and the p-value of a paired t-test (three seeds: read it with care). What the methods are:"
+            " [docs/baselines.md](../../docs/baselines.md). Made by"
             f" `python benchmarks/accuracy.py --data DATA --size {size}`; every run is in"
             f" [accuracy_{size}.jsonl](accuracy_{size}.jsonl)."]  # fmt: skip
     for name, task in tasks.items():
