@@ -1,6 +1,6 @@
 """Long tails over classes and over attributes within a class (Tang et al., 2022): cross-entropy against Meta-IADA.
 
-    python examples/generalized_long_tail.py                                # scikit-learn's digits, under a minute
+    python examples/generalized_long_tail.py                                # scikit-learn's digits, a minute or two
     python examples/generalized_long_tail.py --data cifar10/ --protocol ALT
     python examples/generalized_long_tail.py --data imagenet_sup_intra_lt_inter_lt.json   # ResNeXt-50, as published
 

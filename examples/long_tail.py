@@ -1,6 +1,6 @@
 """Long-tailed classification: cross-entropy against Meta-IADA, in a plain PyTorch loop.
 
-    python examples/long_tail.py                                     # scikit-learn's digits, under a minute
+    python examples/long_tail.py                                     # scikit-learn's digits, a minute or two
     python examples/long_tail.py --data cifar10/                     # CIFAR-10-LT 100:1, ResNet-32, the paper's setting
     python examples/long_tail.py --data ImageNet_LT/ --model resnext50_32x4d
     python examples/long_tail.py --data reuters52.parquet            # texts: Reuters R52

@@ -1,6 +1,6 @@
 """Wrong labels: cross-entropy against Meta-IADA, and how well each tells which labels are wrong.
 
-    python examples/noisy_labels.py                                         # scikit-learn's digits, under a minute
+    python examples/noisy_labels.py                                         # scikit-learn's digits, a minute or two
     python examples/noisy_labels.py --data cifar10/ --noise flip2 --rate 0.4   # ResNet-32, the paper's setting
     python examples/noisy_labels.py --data cifar10/ --noise uniform         # WRN-28-10
     python examples/noisy_labels.py --data cifar10/ --noise worse_label     # CIFAR-10N: real human noise

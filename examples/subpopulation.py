@@ -1,6 +1,6 @@
 """Groups that training data under-represent: cross-entropy against Meta-IADA, by worst group.
 
-    python examples/subpopulation.py                                  # coloured digits (scikit-learn), under a minute
+    python examples/subpopulation.py                                  # coloured digits (scikit-learn), a minute or two
     python examples/subpopulation.py --data mnist/                    # Colored MNIST
     python examples/subpopulation.py --data waterbirds/ --dataset waterbirds
     python examples/subpopulation.py --data celeba/ --dataset celeba  # blond hair, by sex
