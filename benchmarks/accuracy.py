@@ -216,14 +216,19 @@ def table(runs: list[dict], task: Task) -> list[str]:
             if method not in means[c]:
                 cells.append("")
                 continue
-            values = 100 * np.array([_value(r, c) for r in own])
-            text = f"{values.mean():.1f}" + (f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else "")
+            text = mean_and_spread([_value(r, c) for r in own])
             cells.append(f"**{text}**" if shared and means[c][method] == max(means[c].values()) else text)
         pairs = [(reference[r["seed"]], _value(r, main)) for r in own if r["seed"] in reference]
         cells.append("" if method == "iada" or not pairs else _difference(np.array(pairs)))
         seconds = np.median([r["seconds"] for r in own])
         lines.append(f"| {METHODS[method].title} | {len(own)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return lines
+
+
+def mean_and_spread(values: list[float]) -> str:
+    """Shares as percentages over seeds."""
+    percent = 100 * np.array(values)
+    return f"{percent.mean():.1f}" + (f" ± {percent.std(ddof=1):.1f}" if len(percent) > 1 else "")
 
 
 def intervals(runs: list[dict]) -> list[str]:

@@ -73,7 +73,7 @@ class _LDAM:
     """LDAM on cosine logits, with class-balanced weights in the last fifth of the run (DRW)."""
 
     def __init__(self, run: Run) -> None:
-        _, layer = find_classifier(run.model, "bert.classifier" if hasattr(run.model, "bert") else None)
+        _, layer = find_classifier(run.model)
         layer.__class__ = NormalizedLinear
         self.counts, self.start, self.epoch = run.counts, round(0.8 * run.settings.epochs), 0
         self.weights = class_balanced_weights(run.counts)
@@ -199,7 +199,7 @@ class LISA:
 def retrain_last_layer(run: Run, criterion: Any) -> None:
     """Logistic regression on the meta set's features in the place of the last layer (as Kirichenko et al., 2023)."""
     run.model.eval()
-    _, layer = find_classifier(run.model, "bert.classifier" if hasattr(run.model, "bert") else None)
+    _, layer = find_classifier(run.model)
     kept: list[Tensor] = []
     hook = layer.register_forward_pre_hook(lambda module, inputs: kept.append(inputs[0]))
     for x, _ in Batches(run.meta, 500, shuffle=False):

@@ -113,11 +113,8 @@ def run_one(group: str, name: str, task: str, seed: int, data: str, device: str)
 
 def _cell(runs: list[dict], column: str) -> str:
     values = [r[column] if column == "noise_auroc" else r["validation"].get(column) for r in runs]
-    values = [100 * v for v in values if v is not None and v == v]
-    if not values:
-        return ""
-    spread = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{spread}"
+    values = [v for v in values if v is not None and v == v]
+    return accuracy.mean_and_spread(values) if values else ""
 
 
 def table(runs: list[dict], group: str, task: str) -> list[str]:

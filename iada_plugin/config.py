@@ -92,11 +92,10 @@ class IADAConfig:
             if number and (isinstance(value, bool) or not isinstance(value, (int, float, type(setting.default)))):
                 raise ValueError(f"IADAConfig: {name}={value!r} must be a number.")
         try:
-            low, high = self.epsilon_range
+            low, high = map(float, self.epsilon_range)
         except (TypeError, ValueError):
             raise ValueError(f"IADAConfig: epsilon_range={self.epsilon_range!r} must be (low, high).") from None
-        self.epsilon_range = (float(self.epsilon_range[0]), float(self.epsilon_range[1]))
-        low, high = self.epsilon_range
+        self.epsilon_range = (low, high)
         self._check("alpha", self.alpha >= 0, "at least 0")
         self._check("beta", self.beta >= 0, "at least 0")
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1), such as 0.8 for 80 %")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -29,9 +28,9 @@ def colored_mnist(
         seed: of every draw.
     """
     if data is None:
-        images = [part.squeeze(1).numpy() for part in load_digits()[::2]]
-        digits = [part.numpy() for part in load_digits()[1::2]]
-        images, digits = F.interpolate(torch.from_numpy(np.concatenate(images))[:, None], size=(16, 16))[:, 0].numpy(), np.concatenate(digits)  # fmt: skip
+        x, y, test_x, test_y = load_digits()
+        images = F.interpolate(torch.cat([x, test_x]), size=(16, 16)).squeeze(1).numpy()
+        digits = torch.cat([y, test_y]).numpy()
     else:
         images, digits = read_mnist(data)
     if rows:

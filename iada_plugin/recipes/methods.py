@@ -90,10 +90,9 @@ class IADA:
             **run.config,
             **config,
         }
-        classifier = {"classifier": "bert.classifier"} if hasattr(run.model, "bert") else {}
         self.engine = engine(
             run.model, run.optimizer, meta_loader=run.meta_batches(), class_counts=run.counts,
-            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=IADAConfig(**config), **classifier,
+            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=IADAConfig(**config),
         )  # fmt: skip
         #: Epochs that must not be selected as the method's result.
         self.warmup_epochs = math.ceil(self.engine.warmup_steps / run.steps_per_epoch)

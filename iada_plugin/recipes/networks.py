@@ -152,7 +152,7 @@ class SmallDistilBert(nn.Module):
         config = DistilBertConfig(vocab_size=vocabulary_size, dim=128, hidden_dim=256, n_layers=2, n_heads=4,
                                   max_position_embeddings=max_length, num_labels=num_classes)  # fmt: skip
         self.bert = DistilBertForSequenceClassification(config)
-        self.config = config
+        self.config = config  # num_labels tells which layer is the classifier
 
     def forward(self, ids: Tensor) -> Tensor:
         """``[N, L] -> [N, num_classes]``."""

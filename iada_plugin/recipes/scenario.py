@@ -46,7 +46,6 @@ class Scenario:
         network: makes an untrained network by name.
         augment: for training batches.
         keep_best: end with the epoch of the best validation score instead of the last.
-        synthetic: whether the data are generated.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Scenario:
     val: Samples | None = None
     augment: Callable[[Tensor], Tensor] | None = None
     keep_best: bool = False
-    synthetic: bool = False
 
     @property
     def counts(self) -> list[int]:
