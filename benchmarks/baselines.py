@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from iada_plugin import MetaIADA
 from iada_plugin.characteristics import loss as loss_characteristic
 from iada_plugin.head import find_classifier
-from iada_plugin.meta_step import LinearTangent, MetaStep
+from iada_plugin.hypergradient import HeadTangent
+from iada_plugin.meta_step import MetaStep
 from iada_plugin.recipes.loop import Batches
 from iada_plugin.recipes.methods import IADA, METHODS, CrossEntropy, Method, Run
 
@@ -103,19 +104,15 @@ class _WeightStep(MetaStep):
         logits = self.head.iada_logits(features, labels, alpha=0, beta=0)
         return (_share(epsilon) * F.cross_entropy(logits, labels, reduction="none")).sum()
 
-    def _learn(self, layer: LinearTangent, labels: Tensor, f: Tensor, finite: Tensor, eta: float) -> bool:
+    def _learn(self, layer: HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         features, weight, bias, features_dot, weight_dot, bias_dot = layer
         residual = F.linear(features, weight, bias).softmax(dim=1) - F.one_hot(labels, weight.shape[0])
         logits_dot = F.linear(features_dot, weight) + F.linear(features, weight_dot, bias_dot)
         losses_dot = (residual * logits_dot).sum(dim=1)  # directional derivative of every sample's loss
-        if not bool(finite & torch.isfinite(losses_dot).all()):
-            return False
+        fine = fine & torch.isfinite(losses_dot).all()
         with torch.enable_grad():
-            objective = -(_share(self.perturbation(f)) * losses_dot).sum()
-        self.meta_optimizer.zero_grad()
-        objective.backward()
-        self.meta_optimizer.step()
-        return True
+            self._step_network(-(_share(self.perturbation(f)) * losses_dot).sum(), fine)
+        return fine
 
 
 def _share(weights: Tensor) -> Tensor:

@@ -79,6 +79,8 @@ class Capture:
         self._probe: Forward | None = None
         self._verified = False
         self._restore_buffers: Callable[[], None] = lambda: None
+        #: Called before each training pass.
+        self.before: Callable[[], None] = lambda: None
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
@@ -98,6 +100,7 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.busy and module.training and torch.is_grad_enabled():
+            self.before()
             self._current = Forward(args, kwargs, rng=rng_state(self.device))
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -159,33 +162,34 @@ class Capture:
         rng: list[Any] | None = None,
         replaced: dict[str, Tensor] | None = None,
         cast: torch.dtype | None = None,
-    ) -> Tensor:
-        """Run the model again and return the features ``[N, H]`` of its classifier.
+        autocast: bool = True,
+    ) -> Forward:
+        """Run the model again and see what its classifier does: features ``[N, H]``.
 
         Args:
             args, kwargs: the model's inputs; labels are left out.
-            rng: random state to run from, so that dropout masks are those of an earlier pass. Implies a pass in full
-                precision, past the autocast that Accelerate wraps around ``forward``.
+            rng: random state to run from, so that dropout masks are those of an earlier pass.
             replaced: parameters to use in the place of the model's.
             cast: half-precision inputs are cast to this.
+            autocast: off: past the autocast that Accelerate wraps around ``forward``.
         """
-        self._probe = Forward(args, kwargs)
+        self._probe = probe = Forward(args, kwargs)
         self._restore_buffers()  # every pass starts from the same ones
         kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
         try:
-            with nullcontext() if rng is None else self._original_forward():
+            with nullcontext() if autocast else self._original_forward():
                 if rng is not None:
                     set_rng_state(self.device, rng)
                 if replaced is None:
                     self.model(*args, **kwargs)
                 else:
                     functional_call(self.model, replaced, args, kwargs)
-            if self._probe.features is None:
+            if probe.features is None:
                 raise RuntimeError("the classifier did not run in a pass of the meta step.")
-            return self._probe.features
+            return probe
         finally:
             self._probe = None
 

@@ -181,20 +181,19 @@ class RunningMeans:
         self.mean_loss = torch.zeros((), device=device, dtype=dtype)
 
     @torch.no_grad()
-    def update(self, loss: Tensor, margin: Tensor, labels: Tensor) -> None:
-        """Take in the samples of one optimizer step: loss, margin and labels, ``[N]`` each."""
-        if labels.numel() == 0:
-            return
-        one = torch.ones_like(loss)
-        new = torch.zeros_like(self.seen).index_add_(0, labels, one)
+    def update(self, loss: Tensor, margin: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+        """Take in the samples of one optimizer step: loss, margin, labels and which of them count (0 or 1), ``[N]`` each."""
+        weight = torch.ones_like(loss) if weight is None else weight
+        loss, margin = (torch.where(weight > 0, x, 0) for x in (loss, margin))
+        new = torch.zeros_like(self.seen).index_add_(0, labels, weight)
         divisor = new.clamp_min(1)
-        rate = torch.maximum(1 - self.decay**new, new / (self.seen + divisor))
+        rate = torch.maximum(1 - self.decay**new, new / (self.seen + divisor))  # 0 for a class without samples
         for average, values in ((self.class_loss, loss), (self.class_margin, margin)):
             mean = torch.zeros_like(average).index_add_(0, labels, values) / divisor
             average += rate * (mean - average)
-        total = torch.as_tensor(float(len(labels)), device=loss.device, dtype=loss.dtype)
-        rate = torch.maximum(1 - self.decay**total, total / (self.seen.sum() + total))
-        self.mean_loss += rate * (loss.mean() - self.mean_loss)
+        total = weight.sum()
+        rate = torch.maximum(1 - self.decay**total, total / (self.seen.sum() + total).clamp_min(1))
+        self.mean_loss += rate * (loss.sum() / total.clamp_min(1) - self.mean_loss)
         self.seen += new
 
     def state_dict(self) -> dict[str, Tensor]:

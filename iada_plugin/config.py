@@ -33,6 +33,11 @@ class IADAConfig:
         1.0, "Class statistics are collected over this many epochs before the warm-up ends."
     )
     meta_every: int = _setting(1, "A meta step every so many optimizer steps.")
+    meta_updates: int | None = _setting(
+        None,
+        "Updates of Omega and Sigma from the passes of one meta step (default: meta_every, so that sparser meta steps"
+        " learn as much).",
+    )
     meta_batch_size: int | None = _setting(
         None, "Meta samples per meta step, over all processes (Trainer only; default: as many as training samples)."
     )
@@ -46,8 +51,11 @@ class IADAConfig:
         " covariance_lr (at usual sizes close to no step at all).",
     )
     covariance: str = _setting(
-        "auto", "Class covariances: 'full', 'diagonal', or 'auto' (full while all of them fit into 256 MB)."
+        "auto",
+        "Class covariances: 'full', 'diagonal', 'low_rank' (diagonal plus covariance_rank directions), or 'auto' (full"
+        " while all of them fit into 256 MB, else diagonal).",
     )
+    covariance_rank: int = _setting(8, "Directions of a 'low_rank' covariance; 4 C H (covariance_rank + 1) bytes.")
     hypergradient: str = _setting(
         "finite_difference",
         "How the meta gradient passes the backbone: 'finite_difference', 'forward' (forward-mode AD) or 'head' (last"
@@ -57,6 +65,16 @@ class IADAConfig:
         "lookahead",
         "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, cheaper,"
         " an approximation that is poor on an untrained network.",
+    )
+    memory: str = _setting(
+        "fast",
+        "'fast': a lookahead step keeps the training pass's activations through the meta pass. 'low': they are released,"
+        " and the pass is repeated at the end. The model's output then has no graph of its own left, for a further loss say.",
+    )
+    virtual_step: str = _setting(
+        "sgd",
+        "'sgd': the virtual step of the paper. 'adaptive': scaled by the second moments of an Adam-like optimizer, taken"
+        " as constants, as its real step is.",
     )
     virtual_lr: float | None = _setting(
         None, "Learning rate eta_1 of the virtual SGD step (default: the optimizer's current one)."
@@ -104,11 +122,18 @@ class IADAConfig:
         self._check(
             "meta_every", self.meta_every >= 1 and self.meta_every == int(self.meta_every), "a whole number >= 1"
         )
-        size = self.meta_batch_size
-        self._check("meta_batch_size", size is None or (size >= 1 and size == int(size)), "None or a whole number >= 1")
+        for name in ("meta_batch_size", "meta_updates"):
+            count = getattr(self, name)
+            self._check(name, count is None or (count >= 1 and count == int(count)), "None or a whole number >= 1")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
+        rank = self.covariance_rank
+        self._check("covariance_rank", rank >= 1 and rank == int(rank), "a whole number >= 1")
+        if self.covariance == "low_rank" and self.covariance_step == "plain":
+            raise ValueError(
+                "IADAConfig: covariance_step='plain' would leave the form of covariance='low_rank': use 'relative'."
+            )
         self._check("virtual_lr", self.virtual_lr is None or self.virtual_lr > 0, "None or positive")
         self._check("perturbation_size", self.perturbation_size > 0, "positive")
         self._check("epsilon_range", -math.inf < low < high < math.inf, "(low, high) with low < high")
@@ -125,11 +150,13 @@ class IADAConfig:
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
 
 
-_NUMBERS_OR_NONE = ("warmup_epochs", "meta_batch_size", "virtual_lr")
+_NUMBERS_OR_NONE = ("warmup_epochs", "meta_updates", "meta_batch_size", "virtual_lr")
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
-    "covariance": ("auto", "full", "diagonal"),
+    "covariance": ("auto", "full", "diagonal", "low_rank"),
     "hypergradient": ("finite_difference", "forward", "head"),
     "schedule": ("lookahead", "online"),
+    "memory": ("fast", "low"),
+    "virtual_step": ("sgd", "adaptive"),
     "perturbation_scale": ("unit", "feature_std", "margin"),
 }

@@ -111,7 +111,7 @@ class MetaIADA:
         if isinstance(linear, IADAHead):
             self.head = linear
         else:
-            self.head = convert_to_iada(linear, covariance=config.covariance)
+            self.head = convert_to_iada(linear, covariance=config.covariance, covariance_rank=config.covariance_rank)
         self._conversion = vars(self.head).get("_converted_from")
         try:
             if class_counts is not None:
@@ -136,6 +136,7 @@ class MetaIADA:
             self.capture.remove()
             self._restore_head()
             raise
+        self.capture.before = self._before_pass
         self._step_hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
         # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
         own = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
@@ -207,15 +208,29 @@ class MetaIADA:
             return mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator)
         first = self.statistics.begin_augmentation()
         f = self.statistics.observe(forward, target, characteristics=True)
-        due = (self.step - self.warmup_steps) % self.config.meta_every == 0
-        # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
-        config = self.config
-        if first and due and (config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)):
-            self.meta(forward, target, f, self.step)
+        features = forward.features
+        if first and self._meta_step_due:
+            features = self.meta(forward, target, f, self.step)
         epsilon = self.meta.epsilon(f)
         self.meta.log.add(epsilon, target)
         self.epsilon = epsilon
-        return self.meta.train_loss(forward.features, target, epsilon, denominator)
+        return self.meta.train_loss(features, target, epsilon, denominator)
+
+    @property
+    def _meta_step_due(self) -> bool:
+        # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
+        config = self.config
+        learns = config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)
+        return learns and (self.step - self.warmup_steps) % config.meta_every == 0
+
+    def _before_pass(self) -> None:
+        if (
+            self.config.schedule == "online"
+            and not self.in_warmup
+            and self._meta_step_due
+            and not self.statistics.pending
+        ):
+            self.meta.before_pass(self.step)
 
     def _with_prior(self, output: Tensor) -> Tensor:
         """Logits of the warm-up."""
@@ -242,8 +257,8 @@ class MetaIADA:
         with epsilon > 0), ``iada/meta_loss``, the first and third per class where there are at most ten, and
         ``iada/skipped_steps`` once there are any. Empty in warm-up."""
         metrics = self.meta.log.pop()
-        if self.meta.skipped:
-            metrics["iada/skipped_steps"] = float(self.meta.skipped)
+        if skipped := self.meta.report_skipped():
+            metrics["iada/skipped_steps"] = float(skipped)
         return metrics
 
     # ---------------------------------------------------------------------------------------------- state and removal
@@ -268,6 +283,7 @@ class MetaIADA:
                 f" lasts {self.warmup_steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."
             )
         self._closed = True
+        self.meta.report_skipped()
         self.capture.remove()
         self._step_hook.remove()
         self._restore_head()

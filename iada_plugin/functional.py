@@ -2,14 +2,28 @@
 
 Notation of Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentation" (IJCAI 2024): N samples,
 C classes, H features of the last layer ``W h + b``, p = softmax(W h + b), e_y one-hot, Sigma_y the covariance of class y.
-Every covariance argument is ``[C, H, H]`` (full) or ``[C, H]`` (its diagonal).
+Every covariance argument is ``[C, H, H]`` (full), ``[C, H]`` (its diagonal) or a `LowRank`.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .covariance import Covariance, LowRank, present_classes, take
+from .variance import (
+    class_variance_term,
+    covariance_gradient,
+    full_variance_term,
+    full_weight_gradient,
+    low_rank_gradient,
+    low_rank_variance_term,
+    low_rank_weight_gradient,
+)
 
 
 def _toward_others(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -55,47 +69,130 @@ def margin_scale(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``[N]``.
     """
-    return 1 / _toward_others(logits, weight, labels).abs().sum(dim=1).clamp_min(1e-6)
+    return _unit_margin(_toward_others(logits, weight, labels))
 
 
-def class_variance_term(weight: Tensor, classes: Tensor, covariance: Tensor) -> Tensor:
-    """:func:`variance_term` for each class of a list instead of each sample.
-
-    Args:
-        weight: ``[C, H]``.
-        classes: ``[U]`` class indices.
-        covariance: ``[U, H, H]`` or ``[U, H]``, the covariances of ``classes``.
-
-    Returns:
-        ``[U, C]``.
-    """
-    if covariance.dim() == 3:
-        # Differences before products: no cancellation, and the gradient with respect to Sigma stays symmetric.
-        difference = weight[None] - weight[classes][:, None]
-        return 0.5 * ((difference @ covariance) * difference).sum(dim=2)
-    # The diagonal is expanded into matrix products so that nothing of size U x C x H exists. Only differences between
-    # rows matter, so the mean row is taken out first to keep the cancellation small.
-    centred = weight - weight.mean(dim=0)
-    own = centred[classes]
-    scaled = covariance * own
-    rho = 0.5 * (covariance @ centred.square().T + (scaled * own).sum(dim=1, keepdim=True)) - scaled @ centred.T
-    return rho.scatter(1, classes[:, None], 0.0)
+def _unit_margin(toward: Tensor) -> Tensor:
+    return 1 / toward.abs().sum(dim=1).clamp_min(1e-6)
 
 
-def variance_term(weight: Tensor, labels: Tensor, covariance: Tensor) -> Tensor:
+@torch.no_grad()
+def direction_and_scale(logits: Tensor, weight: Tensor, labels: Tensor, in_margin: bool) -> tuple[Tensor, Tensor]:
+    """:func:`perturbation_direction` ``[N, H]`` and the size ``[N]`` of one unit along it: :func:`margin_scale` where
+    ``in_margin``, else one in every feature."""
+    toward = _toward_others(logits, weight, labels)
+    scale = _unit_margin(toward) if in_margin else torch.ones_like(toward[:, 0])
+    return toward.sign_(), scale
+
+
+def variance_term(weight: Tensor, labels: Tensor, covariance: Covariance) -> Tensor:
     """``rho_ij = 1/2 (w_j - w_y)^T Sigma_y (w_j - w_y)`` with ``y = labels[i]`` (ISDA; Eq. 6 of the paper).
 
     Args:
         weight: ``[C, H]``.
         labels: ``[N]`` class indices.
-        covariance: ``[C, H, H]`` or ``[C, H]``.
+        covariance: ``[C, H, H]``, ``[C, H]`` or a `LowRank`.
 
     Returns:
         ``[N, C]``, zero in each sample's own class. Only the classes present in ``labels`` are computed, and only their
         covariances receive a gradient; nothing of size ``N x C x H`` is built.
     """
-    classes, inverse = torch.unique(labels, return_inverse=True)
-    return class_variance_term(weight, classes, covariance[classes])[inverse]
+    classes, inverse = present_classes(labels, weight.shape[0])
+    return class_variance_term(weight, classes, take(covariance, classes))[inverse]
+
+
+class _IADALogits(torch.autograd.Function):
+    """The logits, and their derivatives in closed form.
+
+    With a diagonal covariance: four matrix products of the layer's size forwards and three backwards, where the layer
+    alone has one and two, and nothing of the size of the weight is kept in between.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, epsilon: Tensor | None,
+        covariance: Tensor | None, factor: Tensor | None, log_prior: Tensor | None, alpha: float, beta: float,
+        fixed_shift: bool, in_margin: bool,
+    ) -> Tensor:  # fmt: skip
+        logits = F.linear(features, weight, bias)
+        step = shift = classes = inverse = rows = low = None
+        kept: list[Tensor] = []
+        if epsilon is not None:
+            direction, scale = direction_and_scale(logits, weight, labels, in_margin)
+            step = direction.mul_(scale[:, None])  # the perturbation at epsilon = 1
+            shift = epsilon[:, None] * step
+        if covariance is not None:
+            classes, inverse = present_classes(labels, weight.shape[0])
+        if covariance is None or covariance.dim() == 3:
+            if shift is not None:
+                logits.addmm_(shift, weight.T)
+            if covariance is not None:
+                rho, kept = full_variance_term(weight, classes, covariance)
+                logits += alpha * rho[inverse]
+        else:
+            rows = covariance[classes]
+            # rho = 1/2 Sigma (w_j - m)^2 - Sigma (w_y - m) w_j + 1/2 Sigma (w_y^2 - m^2) for the diagonal Sigma of class y
+            # and any m: the middle joins the shift in one product. With m the mean row little cancels.
+            mean = weight.mean(dim=0)
+            own, sigma = weight[labels], (alpha * rows)[inverse]
+            middle = sigma * (own - mean)
+            logits.addmm_(-middle if shift is None else shift - middle, weight.T)
+            quadratic = (0.5 * alpha * rows) @ (weight - mean).square_().T
+            if factor is not None:
+                low = factor[classes]
+                quadratic.add_(low_rank_variance_term(weight, classes, low), alpha=alpha)
+            logits += quadratic[inverse]
+            logits += 0.5 * (sigma * (own + mean) * (own - mean)).sum(dim=1, keepdim=True)
+        if log_prior is not None:
+            logits += beta * log_prior
+        ctx.save_for_backward(
+            features, weight, classes, inverse, step, None if fixed_shift else shift, rows, low, *kept
+        )
+        ctx.alpha, ctx.beta = alpha, beta
+        ctx.shapes = [None if t is None else t.shape for t in (covariance, factor)]
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, classes, inverse, step, shift, rows, low, *kept = ctx.saved_tensors
+        wanted = dict(zip(("features", "weight", "bias", "labels", "epsilon", "covariance", "factor", "log_prior"),
+                          ctx.needs_input_grad, strict=False))  # fmt: skip
+        alpha = ctx.alpha
+        through = g @ weight  # [N, H]
+        k = None if classes is None else g.new_zeros(classes.numel(), g.shape[1]).index_add_(0, inverse, g)  # [U, C]
+        found: dict[str, Tensor | None] = {"features": through if wanted["features"] else None}
+        if wanted["weight"]:
+            inputs = features if shift is None else features + shift
+            if rows is None:
+                gradient = g.T @ inputs
+                if k is not None:
+                    gradient.add_(full_weight_gradient(weight, classes, kept, k), alpha=alpha)
+            else:
+                scaled = alpha * rows
+                own = weight[classes]
+                gradient = g.T @ (inputs - (scaled * own)[inverse])
+                gradient.addcmul_(k.T @ scaled, weight)
+                pull = torch.zeros_like(own).index_add_(0, inverse, through) - k.sum(dim=1, keepdim=True) * own
+                gradient.index_add_(0, classes, scaled * pull, alpha=-1)
+                if low is not None:
+                    gradient.add_(low_rank_weight_gradient(weight, classes, low, k), alpha=alpha)
+            found["weight"] = gradient
+        if wanted["epsilon"]:
+            found["epsilon"] = (through * step).sum(dim=1)
+        if wanted["bias"] or wanted["log_prior"]:
+            total = g.sum(dim=0)
+            found["bias"] = total if wanted["bias"] else None
+            found["log_prior"] = ctx.beta * total if wanted["log_prior"] else None
+        for name, shape in zip(("covariance", "factor"), ctx.shapes, strict=True):
+            if wanted[name]:
+                # Of the covariances themselves: only the classes present receive a gradient.
+                if name == "factor":
+                    own = 2 * low_rank_gradient(weight, classes, low, k)
+                else:
+                    own = covariance_gradient(weight, classes, k, full=len(shape) == 3)
+                found[name] = g.new_zeros(shape).index_copy_(0, classes, alpha * own)
+        return tuple(found.get(name) for name in wanted) + (None,) * 4
 
 
 def iada_logits(
@@ -104,11 +201,12 @@ def iada_logits(
     bias: Tensor | None,
     labels: Tensor | None,
     epsilon: Tensor | None = None,
-    covariance: Tensor | None = None,
+    covariance: Covariance | None = None,
     log_prior: Tensor | None = None,
     alpha: float = 0.5,
     beta: float = 1.0,
     fixed_shift: bool = False,
+    in_margin: bool = False,
 ) -> Tensor:
     """``z_ij = w_j (h_i + eps_i s_i) + b_j + alpha rho_ij + beta log pi_j`` (Eq. 6 of the paper).
 
@@ -122,24 +220,21 @@ def iada_logits(
         bias: ``[C]`` or ``None``.
         labels: ``[N]`` class indices; may be ``None`` without the perturbation and variance terms.
         epsilon: ``[N]`` size and sign of the perturbation along :func:`perturbation_direction`; positive is adversarial.
-        covariance: ``[C, H, H]`` or ``[C, H]``.
+        covariance: ``[C, H, H]``, ``[C, H]`` or a `LowRank`.
         log_prior: ``[C]`` log class proportions.
         alpha: weight of the variance term; 0 leaves it out.
         beta: weight of the prior term; 0 leaves it out, so that a class with prior 0 gives no NaN.
         fixed_shift: take the change of the logits that the perturbation makes, ``eps_i s_i w_j``, for a constant. Otherwise
             ``weight`` is trained through it.
+        in_margin: epsilon is measured in nats of margin (:func:`margin_scale`) instead of units of every feature.
 
     Returns:
-        ``[N, C]``. With every term zero it equals ``F.linear(features, weight, bias)`` bit for bit.
+        ``[N, C]``, differentiable once. With every term zero it equals ``F.linear(features, weight, bias)`` bit for bit.
     """
-    logits = F.linear(features, weight, bias)
-    augmented = logits
-    if epsilon is not None:
-        direction = perturbation_direction(logits, weight, labels)
-        through = weight.detach() if fixed_shift else weight
-        augmented = augmented + epsilon[:, None] * F.linear(direction, through)
-    if covariance is not None and alpha != 0:
-        augmented = augmented + alpha * variance_term(weight, labels, covariance)
-    if log_prior is not None and beta != 0:
-        augmented = augmented + beta * log_prior
-    return augmented
+    low = isinstance(covariance, LowRank)
+    diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
+    used = covariance is not None and alpha != 0
+    return _IADALogits.apply(  # type: ignore[no-any-return, no-untyped-call]
+        features, weight, bias, labels, epsilon, diagonal if used else None, factor if used else None,
+        log_prior if beta != 0 else None, alpha, beta, fixed_shift, in_margin,
+    )  # fmt: skip

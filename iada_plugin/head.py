@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .covariance import covariance_shape, update_class_statistics, variances
+from .covariance import Covariance, LowRank, covariance_shapes, update_class_statistics, variances
 
-_BUFFERS = ("class_count", "class_mean", "covariance", "log_prior")
+_BUFFERS = ("class_count", "class_mean", "covariance", "covariance_factor", "log_prior")
 
 
 class IADAHead(nn.Linear):
@@ -26,12 +26,14 @@ class IADAHead(nn.Linear):
         out_features: number of classes C, at least 2.
         bias: as ``nn.Linear``.
         class_counts: ``[C]`` training samples per class, for the prior; see :meth:`set_class_counts`.
-        covariance: "full", "diagonal" or "auto" (full while all classes fit into 256 MB).
+        covariance: "full", "diagonal", "low_rank" or "auto" (full while all classes fit into 256 MB, else diagonal).
+        covariance_rank: R of "low_rank".
 
     Attributes:
         class_count: ``[C]`` samples in the statistics.
         class_mean: ``[C, H]``.
-        covariance: ``[C, H, H]`` or ``[C, H]``; zero for a class never seen.
+        covariance: ``[C, H, H]``, or ``[C, H]`` where only the diagonal is kept; zero for a class never seen.
+        covariance_factor: ``[C, H, R]`` of "low_rank", whose covariances are ``diag(covariance) + factor factor^T``.
         log_prior: ``[C]``, zero until counts are given.
 
     Example:
@@ -45,6 +47,7 @@ class IADAHead(nn.Linear):
     class_count: Tensor
     class_mean: Tensor
     covariance: Tensor
+    covariance_factor: Tensor | None
     log_prior: Tensor
 
     def __init__(
@@ -55,15 +58,21 @@ class IADAHead(nn.Linear):
         *,
         class_counts: Sequence[float] | Tensor | None = None,
         covariance: str = "auto",
+        covariance_rank: int = 8,
         device: Any = None,
         dtype: Any = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self._init_statistics(covariance, class_counts)
+        self._init_statistics(covariance, covariance_rank, class_counts)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, class_counts: Sequence[float] | Tensor | None = None, covariance: str = "auto"
+        cls,
+        linear: nn.Linear,
+        *,
+        class_counts: Sequence[float] | Tensor | None = None,
+        covariance: str = "auto",
+        covariance_rank: int = 8,
     ) -> IADAHead:
         """A head that holds the very same ``weight`` and ``bias`` Parameters as ``linear``.
 
@@ -76,10 +85,12 @@ class IADAHead(nn.Linear):
         head.in_features, head.out_features = linear.in_features, linear.out_features
         head.weight, head.bias = linear.weight, linear.bias
         head.train(linear.training)
-        head._init_statistics(covariance, class_counts)
+        head._init_statistics(covariance, covariance_rank, class_counts)
         return head
 
-    def _init_statistics(self, covariance: str, class_counts: Sequence[float] | Tensor | None = None) -> None:
+    def _init_statistics(
+        self, covariance: str, rank: int, class_counts: Sequence[float] | Tensor | None = None
+    ) -> None:
         if self.out_features < 2:
             raise ValueError(
                 f"the classifier has {self.out_features} output: IADA needs a softmax over at least 2 classes. "
@@ -89,10 +100,11 @@ class IADAHead(nn.Linear):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         options = {"dtype": dtype, "device": self.weight.device}
         num_classes, num_features = self.out_features, self.in_features
-        shapes = ((num_classes,), (num_classes, num_features))
-        shapes += (covariance_shape(covariance, num_classes, num_features), (num_classes,))
-        for name, shape in zip(_BUFFERS, shapes, strict=True):
-            self.register_buffer(name, torch.zeros(shape, **options), persistent=False)
+        shapes = {"class_count": (num_classes,), "class_mean": (num_classes, num_features), "log_prior": (num_classes,)}
+        shapes |= covariance_shapes(covariance, num_classes, num_features, rank)
+        for name in _BUFFERS:
+            buffer = torch.zeros(shapes[name], **options) if name in shapes else None
+            self.register_buffer(name, buffer, persistent=False)
         if class_counts is not None:
             self.set_class_counts(class_counts)
 
@@ -122,20 +134,29 @@ class IADAHead(nn.Linear):
             counts[empty] = min(1.0, float(counts[counts > 0].min()))
         self.log_prior.copy_((counts / counts.sum()).log())
 
-    def update_statistics(self, features: Tensor, labels: Tensor, *, means_only: bool = False) -> None:
+    @property
+    def class_covariance(self) -> Covariance:
+        """Covariances of all classes in the form that functions take: the buffer, or a `LowRank` of the two buffers."""
+        factor = self.covariance_factor
+        return self.covariance if factor is None else LowRank(self.covariance, factor)
+
+    def update_statistics(
+        self, features: Tensor, labels: Tensor, *, means_only: bool = False, weight: Tensor | None = None
+    ) -> None:
         """Merge features ``[N, H]`` with labels ``[N]`` into the class means and covariances.
 
         Args:
             features: ``[N, H]``.
             labels: ``[N]``.
             means_only: leave covariances and counts alone, let the means follow as moving averages.
+            weight: ``[N]`` of 0 and 1, which samples count; all by default.
         """
-        covariance = None if means_only else self.covariance
-        update_class_statistics(self.class_count, self.class_mean, covariance, features.detach(), labels)
+        covariance = None if means_only else self.class_covariance
+        update_class_statistics(self.class_count, self.class_mean, covariance, features.detach(), labels, weight)
 
     def feature_std(self) -> Tensor:
         """Root mean variance of each class's features: ``[C]``."""
-        return variances(self.covariance).mean(dim=1).clamp_min(0).sqrt()
+        return variances(self.class_covariance).mean(dim=1).clamp_min(0).sqrt()
 
     def iada_logits(
         self,
@@ -145,6 +166,7 @@ class IADAHead(nn.Linear):
         alpha: float = 0.5,
         beta: float = 1.0,
         fixed_shift: bool = False,
+        in_margin: bool = False,
     ) -> Tensor:
         """The IADA logits of a batch, see :func:`iada_plugin.functional.iada_logits`.
 
@@ -155,6 +177,7 @@ class IADAHead(nn.Linear):
             alpha: weight of the variance term, 0 leaves it out.
             beta: weight of the prior term, 0 leaves it out.
             fixed_shift: do not train ``weight`` through the perturbation.
+            in_margin: epsilon is in nats of margin.
 
         Returns:
             ``[N, C]`` in the precision of the statistics.
@@ -167,15 +190,16 @@ class IADAHead(nn.Linear):
             bias,
             labels,
             epsilon,
-            self.covariance,
+            self.class_covariance,
             self.log_prior,
             alpha,
             beta,
             fixed_shift,
+            in_margin,
         )
 
 
-def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto") -> IADAHead:
+def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto", covariance_rank: int = 8) -> IADAHead:
     """Turn a ``Linear`` into an `IADAHead` in place: same object, same Parameters, same hooks.
 
     Whatever refers to the module (the model, an optimizer, DDP, a sharding wrapper) does not notice.
@@ -188,7 +212,7 @@ def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto") -> IADAHead:
     original = type(linear)
     linear.__class__ = IADAHead
     try:
-        linear._init_statistics(covariance)  # type: ignore[attr-defined, operator]
+        linear._init_statistics(covariance, covariance_rank)  # type: ignore[attr-defined, operator]
     except Exception:
         linear.__class__ = original
         raise

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .functional import iada_logits, perturbation_direction
+from .covariance import Covariance, LowRank, present_classes, take
+from .functional import direction_and_scale
+from .variance import class_variance_term, covariance_gradient, low_rank_gradient, variance_tangent
 
 #: Relative size of a finite difference: small against curvature, large against rounding.
 RELATIVE_STEP = {torch.float32: 1e-5, torch.float64: 1e-8}
@@ -35,6 +38,7 @@ def displaced(parameters: Sequence[Tensor], displacement: Sequence[Tensor]) -> I
     data = [p.data for p in parameters]
     saved = [d.clone() for d in data]
     torch._foreach_add_(data, list(displacement))
+    del displacement  # may be the caller's last reference: one copy of the parameters less
     try:
         yield
     finally:
@@ -132,86 +136,78 @@ def forward_tangent(
         return primal.detach().clone(), torch.zeros_like(primal) if tangent is None else tangent.detach().clone()
 
 
+class HeadTangent(NamedTuple):
+    """What the last layer sees of a batch, and its tangent along the meta gradient."""
+
+    features: Tensor  # [N, H]
+    weight: Tensor  # [C, H]
+    bias: Tensor | None  # [C]
+    features_dot: Tensor  # [N, H]
+    weight_dot: Tensor  # [C, H]
+    bias_dot: Tensor | None  # [C]
+
+
 def head_hypergradient(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    features_dot: Tensor,
-    weight_dot: Tensor,
-    bias_dot: Tensor | None,
+    layer: HeadTangent,
     labels: Tensor,
     epsilon: Tensor,
-    covariance: Tensor,
+    covariance: Covariance,
     log_prior: Tensor,
     alpha: float,
     beta: float,
     fixed_shift: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    in_margin: bool = False,
+) -> tuple[Tensor, Tensor, Covariance]:
     """``d/d(eps, Sigma)`` of the directional derivative of the mean IADA loss along a tangent; closed form.
 
     Args:
-        features: ``[N, H]``; ``features_dot`` is its tangent.
-        weight: ``[C, H]``; ``weight_dot`` is its tangent.
-        bias: ``[C]`` or ``None``; ``bias_dot`` is its tangent.
+        layer: the last layer's input and parameters with their tangents.
         labels: ``[N]``.
         epsilon: ``[N]``.
-        covariance: ``[C, H, H]`` or ``[C, H]``.
+        covariance: of all classes, in any form.
         log_prior: ``[C]``.
         alpha, beta: weights of the variance and prior terms.
-        fixed_shift: as in :func:`iada_plugin.functional.iada_logits`.
+        fixed_shift, in_margin: as in :func:`iada_plugin.functional.iada_logits`.
 
     Returns:
-        ``[N]`` for epsilon; the ``[U]`` classes present; ``[U, H, H]`` or ``[U, H]`` for their covariances.
+        ``[N]`` for epsilon; the ``[U]`` classes present (:func:`iada_plugin.covariance.present_classes`); ``[U, H, H]`` or
+        ``[U, H]`` for their covariances, or a `LowRank` of the gradient's diagonal and its product with the factor.
     """
+    features, weight, bias, features_dot, weight_dot, bias_dot = layer
     with torch.no_grad():
         n = labels.numel()
-        classes, inverse = torch.unique(labels, return_inverse=True)
-        own = covariance[classes]
-        base = features @ weight.T if bias is None else torch.addmm(bias, features, weight.T)
-        direction = perturbation_direction(base, weight, labels)
-        logits = iada_logits(features, weight, bias, labels, epsilon, covariance, log_prior, alpha, beta)
+        classes, inverse = present_classes(labels, weight.shape[0])
+        own = take(covariance, classes)
+        base = F.linear(features, weight, bias)
+        direction, scale = direction_and_scale(base, weight, labels, in_margin)
+        push = scale[:, None] * (direction @ weight.T)  # dz / d eps
+        logits = base + epsilon[:, None] * push
+        logits_dot = features_dot @ weight.T + F.linear(features, weight_dot, bias_dot)
+        push_dot = None
+        if not fixed_shift:
+            push_dot = scale[:, None] * (direction @ weight_dot.T)
+            logits_dot += epsilon[:, None] * push_dot
+        if alpha != 0:
+            logits += alpha * class_variance_term(weight, classes, own)[inverse]
+            logits_dot += alpha * variance_tangent(weight, weight_dot, classes, own)[inverse]
+        if beta != 0:
+            logits += beta * log_prior
         q = logits.softmax(dim=1)
         residual = q.scatter_add(1, labels[:, None], -torch.ones_like(q[:, :1]))  # dL/dz = q - e_y
-        push = direction @ weight.T  # dz / d eps
-        push_dot = torch.zeros_like(push) if fixed_shift else direction @ weight_dot.T
-        logits_dot = features_dot @ weight.T + features @ weight_dot.T + epsilon[:, None] * push_dot
-        if bias_dot is not None:
-            logits_dot = logits_dot + bias_dot
-        if alpha != 0:
-            logits_dot = logits_dot + alpha * _variance_tangent(weight, weight_dot, classes, own)[inverse]
         # The tangent of q: (diag(q) - q q^T) z_dot.
         q_dot = q * (logits_dot - (q * logits_dot).sum(dim=1, keepdim=True))
-        for_epsilon = ((residual * push_dot).sum(dim=1) + (q_dot * push).sum(dim=1)) / n
+        for_epsilon = (q_dot * push).sum(dim=1)
+        if push_dot is not None:
+            for_epsilon += (residual * push_dot).sum(dim=1)
         shape = (classes.numel(), q.shape[1])
-        r = q.new_zeros(shape).index_add_(0, inverse, residual) / n  # [U, C]
-        k = q.new_zeros(shape).index_add_(0, inverse, q_dot) / n  # [U, C]
-        # z holds alpha/2 d_j^T Sigma d_j with d_j = w_j - w_y.
-        if covariance.dim() == 3:
-            d, d_dot = _differences(weight, classes), _differences(weight_dot, classes)
-            cross = d_dot.mT @ (r[:, :, None] * d)
-            gradient = d.mT @ (k[:, :, None] * d) + cross + cross.mT
-        else:
-            w, w_dot = weight - weight.mean(dim=0), weight_dot - weight_dot.mean(dim=0)
-            o, o_dot = w[classes], w_dot[classes]
-            k_sum, r_sum = k.sum(dim=1, keepdim=True), r.sum(dim=1, keepdim=True)
-            gradient = k @ w.square() - 2 * o * (k @ w) + k_sum * o.square()
-            gradient += 2 * (r @ (w * w_dot) - o * (r @ w_dot) - o_dot * (r @ w) + r_sum * o * o_dot)
-        return for_epsilon, classes, 0.5 * alpha * gradient
-
-
-def _differences(weight: Tensor, classes: Tensor) -> Tensor:
-    """``w_j - w_y``: ``[U, C, H]``."""
-    return weight[None] - weight[classes][:, None]
-
-
-def _variance_tangent(weight: Tensor, weight_dot: Tensor, classes: Tensor, covariance: Tensor) -> Tensor:
-    """Tangent of the variance term along ``weight_dot``: ``(w_j - w_y)^T Sigma_y (w'_j - w'_y)``, ``[U, C]``."""
-    if covariance.dim() == 3:
-        return ((_differences(weight, classes) @ covariance) * _differences(weight_dot, classes)).sum(dim=2)
-    w, w_dot = weight - weight.mean(dim=0), weight_dot - weight_dot.mean(dim=0)
-    o, o_dot = w[classes], w_dot[classes]
-    mixed = covariance @ (w * w_dot).T - (covariance * o) @ w_dot.T - (covariance * o_dot) @ w.T
-    return mixed + (covariance * o * o_dot).sum(dim=1, keepdim=True)
+        # z holds alpha rho, and z_dot alpha rho_dot.
+        r = q.new_zeros(shape).index_add_(0, inverse, residual, alpha=alpha / n)  # [U, C]
+        k = q.new_zeros(shape).index_add_(0, inverse, q_dot, alpha=alpha / n)  # [U, C]
+        full = not isinstance(own, LowRank) and own.dim() == 3
+        gradient: Covariance = covariance_gradient(weight, classes, k, weight_dot, r, full=full)
+        if isinstance(own, LowRank):
+            gradient = LowRank(gradient, low_rank_gradient(weight, classes, own.factor, k, weight_dot, r))  # type: ignore[arg-type]
+        return for_epsilon / n, classes, gradient
 
 
 def meta_precision(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager[None]:

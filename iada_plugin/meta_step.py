@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,22 +16,10 @@ from .batches import MetaBatches
 from .capture import Capture, Forward, isolated, seed_rng
 from .checks import REENTRANT, check_labels
 from .config import IADAConfig
-from .covariance import plain_step, relative_step
+from .covariance import LowRank, plain_step, put, relative_step, take
 from .distributed import gather_rows, weighted_average_
-from .functional import margin_scale
 from .head import IADAHead
 from .perturbation import EpsilonLog, PerturbationNetwork
-
-
-class LinearTangent(NamedTuple):
-    """What the last layer sees of a batch, and its tangent along the meta gradient."""
-
-    features: Tensor  # [N, H]
-    weight: Tensor  # [C, H]
-    bias: Tensor | None  # [C]
-    features_dot: Tensor  # [N, H]
-    weight_dot: Tensor  # [C, H]
-    bias_dot: Tensor | None  # [C]
 
 
 def mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
@@ -67,10 +56,15 @@ class MetaStep:
         self.perturbation = PerturbationNetwork(
             num_characteristics, epsilon_range=config.epsilon_range, seed=config.seed
         ).to(self.head.covariance.device, self.head.covariance.dtype)
-        self.meta_optimizer = torch.optim.Adam(self.perturbation.parameters(), lr=config.meta_lr)
+        device = self.head.covariance.device
+        # On an accelerator Adam's step count stays there too.
+        self.meta_optimizer = torch.optim.Adam(
+            self.perturbation.parameters(), lr=config.meta_lr, capturable=device.type == "cuda"
+        )
         self.log = EpsilonLog(self.head.out_features)
-        self.skipped = 0
-        self._checked = False
+        self._skipped = torch.zeros((), dtype=torch.long, device=device)
+        self._ready: tuple[int, Tensor, list[Tensor]] | None = None  # step, meta loss and its gradient, of before_pass
+        self._checked = self._warned = False
         self._repeatable: bool | None = None
 
     @torch.no_grad()
@@ -80,9 +74,11 @@ class MetaStep:
 
     def logits(self, features: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
         """IADA logits ``[N, C]`` with the configured terms."""
-        epsilon = epsilon * self._delta_scale(features.detach(), self.head.weight, self.head.bias, labels)
         config = self.config
-        return self.head.iada_logits(features, labels, epsilon, config.alpha, config.beta, config.fixed_shift)
+        epsilon = epsilon * self._delta_size(labels)
+        return self.head.iada_logits(
+            features, labels, epsilon, config.alpha, config.beta, config.fixed_shift, self._in_margin
+        )
 
     def train_loss(
         self, features: Tensor, labels: Tensor, epsilon: Tensor, denominator: Tensor | float | None = None
@@ -90,41 +86,78 @@ class MetaStep:
         """IADA loss of a batch: its mean, or its sum over ``denominator``."""
         return mean_loss(self.logits(features, labels, epsilon), labels, denominator)
 
-    @torch.no_grad()
-    def _delta_scale(self, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        """Size of delta in every feature at epsilon = 1: ``[N]``."""
-        kind, size, dtype = self.config.perturbation_scale, self.config.perturbation_size, self.head.covariance.dtype
-        if kind == "margin":
-            weight = weight.to(dtype)
-            logits = F.linear(features.to(dtype), weight, None if bias is None else bias.to(dtype))
-            return size * margin_scale(logits, weight, labels)
-        if kind == "feature_std":
-            return size * self.head.feature_std()[labels]
-        return torch.full_like(features[:, 0], size, dtype=dtype)
+    @property
+    def _in_margin(self) -> bool:
+        return self.config.perturbation_scale == "margin"
 
-    def __call__(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> None:
+    def _delta_size(self, labels: Tensor) -> Tensor | float:
+        """Size of delta at epsilon = 1, in nats or feature units: ``[N]``, or the same for all samples."""
+        size = self.config.perturbation_size
+        if self.config.perturbation_scale == "feature_std":
+            return size * self.head.feature_std()[labels]
+        return size
+
+    def before_pass(self, step: int) -> None:
+        """The part of an online step that needs no training batch. Taken before the training pass, so that the two
+        passes' activations are never held together; idempotent within a step.
+
+        Args:
+            step: optimizer step.
+        """
+        if self._ready is not None and self._ready[0] == step:
+            return
+        kind = self.capture.device.type
+        dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        with isolated(self.capture), torch.autocast(kind, enabled=False):
+            self._ready = (step, *self._meta_gradient(self._draw(step), list(self.parameters.values()), dtype))
+
+    def __call__(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> Tensor:
         """Update Omega and Sigma. The model's parameters and buffers and the random state end as they were.
 
         Args:
-            forward: the train batch's pass, whose graph is kept.
+            forward: the train batch's pass.
             labels: ``[N]``.
             f: ``[N, K]``.
             step: optimizer step; seeds the meta pass's dropout, so that a resumed run repeats it.
+
+        Returns:
+            Features ``[N, H]`` to take the loss of: those of ``forward``, whose graph is kept, or with ``memory="low"``
+            those of a new pass.
         """
         parameters = list(self.parameters.values())
+        lookahead = self.config.schedule == "lookahead"
+        # In mode "head" the virtual step does not reach the backbone, whose graph is there anyway.
+        again = lookahead and self.config.memory == "low" and not self._head_only
+        if not lookahead:
+            self.before_pass(step)
         with isolated(self.capture):
-            batch = self._draw((self.config.seed * 1_000_003 + step) % 2**31)
             rates, eta = self._virtual_rates(parameters)
-            if self.config.schedule == "lookahead":
-                gradient = self._train_gradient(forward, labels, f, parameters)
-                with hg.displaced(parameters, torch._foreach_mul(gradient, [-r for r in rates])):
-                    meta_loss, v = self._meta_gradient(batch, parameters, forward)
+            scaling = self._adaptive_scaling(parameters)
+            if self._ready is not None and not lookahead:
+                (_, meta_loss, v), self._ready = self._ready, None
             else:
-                meta_loss, v = self._meta_gradient(batch, parameters, forward)
+                batch = self._draw(step)
+                move = self._train_gradient(forward, labels, f, parameters, retain_graph=not again)
+                torch._foreach_mul_(move, [-r for r in rates])
+                if scaling is not None:
+                    torch._foreach_mul_(move, scaling)
+                with hg.displaced(parameters, move):
+                    del move[:]
+                    meta_loss, v = self._meta_gradient(batch, parameters, forward.autocast_dtype)
             # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
-            direction = torch._foreach_mul(v, [r / eta for r in rates])
-            features, features_dot = self._features_and_tangent(forward, direction)
-        self._update(features, features_dot, direction, labels, f, meta_loss, eta)
+            torch._foreach_mul_(v, [r / eta for r in rates])
+            if scaling is not None:
+                torch._foreach_mul_(v, scaling)
+            features, features_dot = self._features_and_tangent(forward, v)
+        self._update(features, features_dot, v, labels, f, meta_loss, eta)
+        return self._repeat(forward) if again else forward.features  # type: ignore[return-value]
+
+    def _repeat(self, forward: Forward) -> Tensor:
+        """The training pass once more, for a graph in the place of the one that was used up."""
+        with isolated(self.capture), hg.meta_precision(forward.autocast_dtype, self.capture.device.type):
+            features = self.capture.features_of(forward.args, forward.kwargs, rng=forward.rng).features
+        torch.clear_autocast_cache()
+        return features  # type: ignore[return-value]
 
     @property
     def _head_only(self) -> bool:
@@ -141,13 +174,39 @@ class MetaStep:
         # A learning-rate warm-up that starts at zero: as good as no displacement, while the direction is plain v.
         return [1e-12] * len(rates), 1e-12
 
+    def _adaptive_scaling(self, parameters: list[nn.Parameter]) -> list[Tensor] | None:
+        """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v, for ``virtual_step="adaptive"``.
+
+        Raises:
+            ValueError: the optimizer keeps none.
+        """
+        if self.config.virtual_step == "sgd":
+            return None
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        scaling = []
+        for p in parameters:
+            state = self.optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                group = groups[id(p)]
+                correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float32)
+                second = state["exp_avg_sq"] / correction.to(p.device)
+                scaling.append(second.sqrt_().add_(group.get("eps", 1e-8)).reciprocal_())
+            else:
+                scaling.append(torch.ones_like(p))  # no gradient ever reached it
+        if not any("exp_avg_sq" in self.optimizer.state.get(p, {}) for p in parameters):
+            raise ValueError(
+                f"virtual_step='adaptive' needs an Adam-like optimizer, which keeps second moments ('exp_avg_sq');"
+                f" {type(self.optimizer).__name__} has none: use virtual_step='sgd'."
+            )
+        return scaling
+
     def _train_gradient(
-        self, forward: Forward, labels: Tensor, f: Tensor, parameters: list[nn.Parameter]
+        self, forward: Forward, labels: Tensor, f: Tensor, parameters: list[nn.Parameter], retain_graph: bool
     ) -> list[Tensor]:
-        """Gradient of the mean IADA loss on the train batch (Eq. 7); the graph stays for the caller's backward pass."""
-        features = forward.features.detach() if self._head_only else forward.features
-        loss = self.train_loss(features, labels, self.epsilon(f))
-        gradient = _gradient(loss, parameters, forward, retain_graph=True)
+        """Gradient of the mean IADA loss on the train batch (Eq. 7)."""
+        features = forward.features.detach() if self._head_only else forward.features  # type: ignore[union-attr]
+        loss = self.train_loss(features, labels, self.epsilon(f))  # type: ignore[arg-type]
+        gradient = _gradient(loss, parameters, forward.autocast_dtype, retain_graph)
         weighted_average_(gradient, labels.numel())
         return gradient
 
@@ -162,24 +221,27 @@ class MetaStep:
             _, labels = self.batches.peek()
         check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
 
-    def _draw(self, seed: int) -> Any:
-        """The next meta batch; its augmentation, and the meta pass after it, run from ``seed``."""
+    def _draw(self, step: int) -> Any:
+        """The next meta batch; its augmentation, and the meta pass after it, run from a seed of the step's own."""
+        seed = (self.config.seed * 1_000_003 + step) % 2**31
         self.batches.open()
         seed_rng(self.capture.device, seed)
         batch = next(self.batches)
         seed_rng(self.capture.device, seed)
         return batch
 
-    def _meta_gradient(self, batch: Any, parameters: list[nn.Parameter], like: Forward) -> tuple[Tensor, list[Tensor]]:
+    def _meta_gradient(
+        self, batch: Any, parameters: list[nn.Parameter], autocast_dtype: torch.dtype | None
+    ) -> tuple[Tensor, list[Tensor]]:
         """Meta loss (plain cross-entropy) and its gradient at the current parameters."""
         (args, kwargs), labels = batch
-        with hg.meta_precision(like.autocast_dtype, labels.device.type), torch.set_grad_enabled(not self._head_only):
-            features = self.capture.features_of(args, kwargs)
+        with hg.meta_precision(autocast_dtype, labels.device.type), torch.set_grad_enabled(not self._head_only):
+            forward = self.capture.features_of(args, kwargs)
         torch.clear_autocast_cache()
-        check_labels(labels, features.shape[0], self.head.out_features, always=not self._checked)
+        check_labels(labels, forward.features.shape[0], self.head.out_features, always=not self._checked)  # type: ignore[union-attr]
         self._checked, labels = True, labels.long()
-        loss = F.cross_entropy(self.head.iada_logits(features, labels, alpha=0, beta=0), labels)
-        v = _gradient(loss, parameters, like)
+        loss = F.cross_entropy(self.head.iada_logits(forward.features, None, alpha=0, beta=0), labels)  # type: ignore[arg-type]
+        v = _gradient(loss, parameters, forward.autocast_dtype)
         loss = loss.detach().clone()
         weighted_average_([*v, loss], labels.numel())
         return loss, v
@@ -193,7 +255,10 @@ class MetaStep:
 
         def features_here(replaced: dict[str, Tensor] | None = None) -> Tensor:
             cast = None if self.config.hypergradient == "forward" else dtype
-            return self.capture.features_of(forward.args, forward.kwargs, rng=forward.rng, replaced=replaced, cast=cast)
+            found = self.capture.features_of(
+                forward.args, forward.kwargs, rng=forward.rng, replaced=replaced, cast=cast, autocast=False
+            )
+            return found.features  # type: ignore[return-value]
 
         with hg.full_precision(base.device.type):
             if self.config.hypergradient == "forward":
@@ -240,7 +305,7 @@ class MetaStep:
         tangent = {id(p): d.to(dtype) for p, d in zip(self.parameters.values(), direction, strict=True)}
         weight = head.weight.to(dtype)
         bias = None if head.bias is None else head.bias.to(dtype)
-        layer = LinearTangent(
+        layer = hg.HeadTangent(
             gather_rows(features.to(dtype)),
             weight,
             bias,
@@ -248,48 +313,103 @@ class MetaStep:
             tangent.get(id(head.weight), torch.zeros_like(weight)),
             tangent.get(id(head.bias)),
         )
-        if self._learn(layer, gather_rows(labels), gather_rows(f), torch.isfinite(meta_loss), eta):
-            self.log.add_meta_loss(meta_loss)
-        else:
-            self._skip()
+        labels, f = gather_rows(labels), gather_rows(f)
+        # What the passes gave holds for several small steps of Omega and Sigma: only the last layer is gone through again.
+        fine = torch.isfinite(meta_loss)
+        for _ in range(self.config.meta_updates or self.config.meta_every):
+            fine = self._learn(layer, labels, f, fine, eta)
+        self.log.add_meta_loss(meta_loss, fine)
+        self._skipped += ~fine
+        if fine.device.type == "cpu":
+            self.report_skipped()
 
-    def _learn(self, layer: LinearTangent, labels: Tensor, f: Tensor, finite: Tensor, eta: float) -> bool:
-        """Step Omega and Sigma; returns whether everything was finite. Otherwise nothing is changed."""
+    def _learn(self, layer: hg.HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
+        """Step Omega and Sigma, unless something is not finite; returns whether everything was, ``[]`` on the device: the
+        decision is taken there, so that nobody has to wait for it."""
         head, config = self.head, self.config
-        scale = self._delta_scale(layer.features, layer.weight, layer.bias, labels)
+        size = self._delta_size(labels)
         with torch.enable_grad():
             epsilon = self.perturbation(f)
         for_epsilon, classes, for_covariance = hg.head_hypergradient(
-            *layer, labels, epsilon.detach() * scale, head.covariance, head.log_prior, config.alpha, config.beta,
-            config.fixed_shift,
+            layer, labels, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta,
+            config.fixed_shift, self._in_margin,
         )  # fmt: skip
-        if not bool(finite & torch.isfinite(for_epsilon).all() & torch.isfinite(for_covariance).all()):
-            return False
+        parts = for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,)
+        for values in (for_epsilon, *parts):
+            fine = fine & torch.isfinite(values).all()
         # d meta / d(eps, Sigma) is -eta times what was computed.
-        self.meta_optimizer.zero_grad()
-        epsilon.backward(-for_epsilon * scale)
-        self.meta_optimizer.step()
+        with torch.enable_grad():
+            self._step_network(-(epsilon * (for_epsilon * size)).sum(), fine)
         if config.alpha != 0 and config.covariance_lr > 0:
-            own = head.covariance[classes]
+            own = take(head.class_covariance, classes)
             if config.covariance_step == "relative":
-                head.covariance[classes] = relative_step(own, -for_covariance, config.covariance_lr)
+                step = -for_covariance if isinstance(for_covariance, Tensor) else LowRank(*(-t for t in parts))
+                moved = relative_step(own, step, config.covariance_lr)
             else:
-                head.covariance[classes] = plain_step(own, -eta * for_covariance, config.covariance_lr)
-        return True
+                moved = plain_step(own, -eta * for_covariance, config.covariance_lr)  # type: ignore[arg-type, operator]
+            if isinstance(moved, LowRank):
+                moved = LowRank(*(torch.where(fine, new, old) for new, old in zip(moved, own, strict=True)))
+            else:
+                moved = torch.where(fine, moved, own)  # type: ignore[arg-type]
+            put(head.class_covariance, classes, moved)
+        return fine
 
-    def _skip(self) -> None:
-        self.skipped += 1
-        if self.skipped == 1:
+    def _step_network(self, objective: Tensor, fine: Tensor) -> None:
+        """One step of Omega down the gradient of ``objective``, if ``fine``."""
+        with _undone_unless(fine, self._network_state):
+            self.meta_optimizer.zero_grad()
+            objective.backward()
+            self.meta_optimizer.step()
+
+    def _network_state(self) -> list[Tensor]:
+        """Omega and its Adam state."""
+        weights = list(self.perturbation.parameters())
+        adam = [t for p in weights for t in self.meta_optimizer.state.get(p, {}).values() if isinstance(t, Tensor)]
+        return [*(p.data for p in weights), *adam]
+
+    def forget_pass(self) -> None:
+        """Drop what :meth:`before_pass` has prepared, for another state."""
+        self._ready = None
+
+    @property
+    def skipped(self) -> int:
+        """Meta steps left out so far because something was not finite."""
+        return int(self._skipped)
+
+    @skipped.setter
+    def skipped(self, count: int) -> None:
+        self._skipped.fill_(count)
+
+    def report_skipped(self) -> int:
+        """:attr:`skipped`; warns once."""
+        count = self.skipped
+        if count and not self._warned:
+            self._warned = True
             warnings.warn(
                 "the meta loss or its gradient is not finite: this meta step is skipped, and counted as"
                 " iada/skipped_steps. If it happens again, look for NaN in the inputs, or lower virtual_lr."
             )
+        return count
 
 
-def _gradient(loss: Tensor, parameters: list[nn.Parameter], like: Forward, retain_graph: bool = False) -> list[Tensor]:
+@contextmanager
+def _undone_unless(fine: Tensor, state: Callable[[], list[Tensor]]) -> Iterator[None]:
+    """Put tensors back, after a block, where ``fine`` ``[]`` is false; those that the block made become zero."""
+    before = [t.clone() for t in state()]
+    yield
+    after = state()
+    # The first step makes Adam's state.
+    before += [torch.zeros_like(t) for t in after[len(before) :]]
+    for tensor, old in zip(after, before, strict=True):
+        tensor.copy_(torch.where(fine, tensor, old))
+
+
+def _gradient(
+    loss: Tensor, parameters: list[nn.Parameter], autocast_dtype: torch.dtype | None, retain_graph: bool = False
+) -> list[Tensor]:
     """Gradient of ``loss``; zero for a parameter it does not reach."""
     # Through a float16 graph small gradients vanish unless they are scaled up.
-    scale = 8192.0 if like.autocast_dtype == torch.float16 else 1.0
+    scale = 8192.0 if autocast_dtype == torch.float16 else 1.0
     loss = loss * scale if scale != 1 else loss
     found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
     # Reentrant checkpointing hides the parameters inside it from autograd.grad: they would pass for unused.

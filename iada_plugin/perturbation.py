@@ -54,16 +54,20 @@ class PerturbationNetwork(nn.Module):
         return 0.5 * (low + high) + 0.5 * (high - low) * torch.tanh(raw)
 
     @torch.no_grad()
-    def update_moments(self, characteristics: Tensor, decay: float = 0.99) -> None:
-        """Move the running mean and variance by the samples of one optimizer step, ``[N, K]``."""
-        if characteristics.shape[0] == 0:
-            return
-        self.updates += 1
-        rate = torch.maximum(1 / self.updates, torch.full_like(self.updates, 1 - decay))
-        mean = characteristics.mean(dim=0)
+    def update_moments(self, characteristics: Tensor, weight: Tensor | None = None, decay: float = 0.99) -> None:
+        """Move the running mean and variance by the samples of one optimizer step, ``[N, K]``, whose ``weight`` ``[N]`` of
+        0 and 1 tells which of them count."""
+        f = characteristics
+        counts = torch.ones_like(f[:, :1]) if weight is None else weight[:, None].to(f.dtype)
+        some = (counts.sum() > 0).to(f.dtype)
+        self.updates += some
+        rate = some * (1 / self.updates.clamp_min(1)).clamp_min(1 - decay)
+        shares = counts / counts.sum().clamp_min(1)
+        f = torch.where(counts > 0, f, 0)
+        mean = (shares * f).sum(dim=0)
         difference = mean - self.mean
         # Exact for a mixture of the old and the new moments.
-        spread = (characteristics - mean).square().mean(dim=0)
+        spread = (shares * (f - mean).square()).sum(dim=0)
         self.var.copy_((1 - rate) * self.var + rate * spread + rate * (1 - rate) * difference.square())
         self.mean += rate * difference
 
@@ -89,9 +93,9 @@ class EpsilonLog:
             rows = torch.stack([one, epsilon, positive], dim=1)
             self._add("classes", rows.new_zeros(self.num_classes, 3).index_add_(0, labels, rows))
 
-    def add_meta_loss(self, loss: Tensor) -> None:
-        """Count one meta loss."""
-        self._add("meta", torch.stack([torch.ones_like(loss), loss]))
+    def add_meta_loss(self, loss: Tensor, fine: Tensor) -> None:
+        """Count one meta loss, if ``fine`` ``[]``."""
+        self._add("meta", torch.where(fine, torch.stack([torch.ones_like(loss), loss]), 0))
 
     def _add(self, key: str, value: Tensor) -> None:
         self._sums[key] = self._sums[key] + value if key in self._sums else value
@@ -108,7 +112,8 @@ class EpsilonLog:
             metrics["iada/adversarial_ratio"] = positive / n
         if "meta" in sums:
             count, total = sums["meta"].tolist()
-            metrics["iada/meta_loss"] = total / count
+            if count:
+                metrics["iada/meta_loss"] = total / count
         for c, (n, total, positive) in enumerate(sums["classes"].tolist() if "classes" in sums else []):
             if n:
                 metrics[f"iada/epsilon_mean/{c}"] = total / n

@@ -64,6 +64,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     engine.step, engine.meta.skipped, drawn, prior_known, *plan = given["counters"].tolist()
     engine.warmup_steps, engine.statistics_start = plan
     engine.statistics.reset(bool(prior_known))
+    engine.meta.forget_pass()
     engine.meta_batches.skip_to(drawn)
 
 

@@ -69,7 +69,12 @@ class Statistics:
                     " IADAHead.update_statistics."
                 )
             self._ready = True
-        return not self._pending
+        return not self.pending
+
+    @property
+    def pending(self) -> bool:
+        """Whether a micro-batch of the current optimizer step was seen."""
+        return bool(self._pending)
 
     @torch.no_grad()
     def observe(self, forward: Forward, labels: Tensor, *, characteristics: bool) -> Tensor:
@@ -97,7 +102,7 @@ class Statistics:
             labels=labels,
             weight=head.weight.detach().to(dtype),
             class_mean=head.class_mean,
-            class_spread=variances(head.covariance).sum(dim=1),
+            class_spread=variances(head.class_covariance).sum(dim=1),
             class_proportion=counts / counts.sum().clamp_min(torch.finfo(dtype).tiny),
             class_loss=self.means.class_loss,
             class_margin=self.means.class_margin,
@@ -125,10 +130,8 @@ class Statistics:
         if len(columns) == 1:
             return
         _, features, f, loss, margin = columns
-        # A NaN or Inf must not stay in a running average.
-        good = torch.isfinite(features).all(dim=1) & torch.isfinite(f).all(dim=1)
-        if not bool(good.all()):
-            labels, features, f, loss, margin = (x[good] for x in (labels, features, f, loss, margin))
-        self.head.update_statistics(features, labels, means_only=not in_warmup)
-        self.means.update(loss, margin, labels)
-        f_moments.update_moments(f)
+        # A NaN or Inf must not stay in a running average. (Weights, because picking rows would wait for the device.)
+        good = (torch.isfinite(features).all(dim=1) & torch.isfinite(f).all(dim=1)).to(f.dtype)
+        self.head.update_statistics(features, labels, means_only=not in_warmup, weight=good)
+        self.means.update(loss, margin, labels, good)
+        f_moments.update_moments(f, good)

@@ -7,7 +7,7 @@ from models import ConvNet
 from torch import nn
 
 from iada_plugin import IADAHead
-from iada_plugin.covariance import FULL_COVARIANCE_BUDGET, covariance_shape
+from iada_plugin.covariance import FULL_COVARIANCE_BUDGET, covariance_shapes
 from iada_plugin.head import convert_to_iada, find_classifier, restore_linear
 
 
@@ -122,13 +122,13 @@ def test_copies_and_pickles_do_not_drag_the_engine_along():
 
 
 def test_automatic_covariance_follows_the_budget():
-    assert covariance_shape("auto", 100, 64) == (100, 64, 64)
-    assert covariance_shape("auto", 1000, 2048) == (1000, 2048)
+    assert covariance_shapes("auto", 100, 64, 8) == {"covariance": (100, 64, 64)}
+    assert covariance_shapes("auto", 1000, 2048, 8) == {"covariance": (1000, 2048)}
     edge = int((FULL_COVARIANCE_BUDGET / 4) ** 0.5)
-    assert covariance_shape("auto", 1, edge) == (1, edge, edge)
-    assert covariance_shape("auto", 1, edge + 1) == (1, edge + 1)
+    assert covariance_shapes("auto", 1, edge, 8) == {"covariance": (1, edge, edge)}
+    assert covariance_shapes("auto", 1, edge + 1, 8) == {"covariance": (1, edge + 1)}
     with pytest.raises(ValueError, match="'low'"):
-        covariance_shape("low", 3, 3)
+        covariance_shapes("low", 3, 3, 8)
 
 
 def test_class_counts():
