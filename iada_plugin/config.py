@@ -38,6 +38,12 @@ class IADAConfig:
         "Updates of Omega and Sigma from the passes of one meta step (default: meta_every, so that sparser meta steps"
         " learn as much).",
     )
+    meta_momentum: float = _setting(
+        0.8,
+        "Decay of a running average of the meta gradient over meta steps, in the place of the last one: as good as a"
+        " meta batch 1 / (1 - meta_momentum) times as large, for one more copy of the parameters (in checkpoints too)."
+        " 0: none, as the paper.",
+    )
     meta_batch_size: int | None = _setting(
         None, "Meta samples per meta step, over all processes (Trainer only; default: as many as training samples)."
     )
@@ -125,6 +131,7 @@ class IADAConfig:
         for name in ("meta_batch_size", "meta_updates"):
             count = getattr(self, name)
             self._check(name, count is None or (count >= 1 and count == int(count)), "None or a whole number >= 1")
+        self._check("meta_momentum", 0 <= self.meta_momentum < 1, "in [0, 1)")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")

@@ -14,7 +14,7 @@ from torch import Tensor
 #: Covariances kept in full only while all of them fit into this many bytes.
 FULL_COVARIANCE_BUDGET = 256 * 2**20
 #: Temporary tensors over several classes are cut into pieces of about this many elements.
-CHUNK_ELEMENTS = 2**24
+CHUNK_ELEMENTS = 2**22
 
 
 class LowRank(NamedTuple):

@@ -64,6 +64,8 @@ class MetaStep:
         self.log = EpsilonLog(self.head.out_features)
         self._skipped = torch.zeros((), dtype=torch.long, device=device)
         self._ready: tuple[int, Tensor, list[Tensor]] | None = None  # step, meta loss and its gradient, of before_pass
+        #: Running average of the meta gradient, one tensor a parameter; with ``meta_momentum``, from the first step on.
+        self.average: list[Tensor] | None = None
         self._checked = self._warned = False
         self._repeatable: bool | None = None
 
@@ -144,13 +146,28 @@ class MetaStep:
                 with hg.displaced(parameters, move):
                     del move[:]
                     meta_loss, v = self._meta_gradient(batch, parameters, forward.autocast_dtype)
+            fine = self._average(meta_loss, v)
             # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
             torch._foreach_mul_(v, [r / eta for r in rates])
             if scaling is not None:
                 torch._foreach_mul_(v, scaling)
             features, features_dot = self._features_and_tangent(forward, v)
-        self._update(features, features_dot, v, labels, f, meta_loss, eta)
+        self._update(features, features_dot, v, labels, f, meta_loss, fine, eta)
         return self._repeat(forward) if again else forward.features  # type: ignore[return-value]
+
+    def _average(self, meta_loss: Tensor, v: list[Tensor]) -> Tensor:
+        """Put the running average of the meta gradients in the place of the last one; returns whether that was finite."""
+        fine = torch.isfinite(meta_loss) & torch.isfinite(torch.stack(torch._foreach_norm(v))).all()
+        momentum = self.config.meta_momentum
+        if momentum == 0:
+            return fine
+        if self.average is None:
+            self.average = [torch.where(fine, new, 0) for new in v]
+        else:
+            kept = [torch.where(fine, new, old) for new, old in zip(v, self.average, strict=True)]
+            torch._foreach_lerp_(self.average, kept, 1 - momentum)
+        torch._foreach_copy_(v, self.average)
+        return fine
 
     def _repeat(self, forward: Forward) -> Tensor:
         """The training pass once more, for a graph in the place of the one that was used up."""
@@ -297,6 +314,7 @@ class MetaStep:
         labels: Tensor,
         f: Tensor,
         meta_loss: Tensor,
+        fine: Tensor,
         eta: float,
     ) -> None:
         """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step."""
@@ -315,7 +333,6 @@ class MetaStep:
         )
         labels, f = gather_rows(labels), gather_rows(f)
         # What the passes gave holds for several small steps of Omega and Sigma: only the last layer is gone through again.
-        fine = torch.isfinite(meta_loss)
         for _ in range(self.config.meta_updates or self.config.meta_every):
             fine = self._learn(layer, labels, f, fine, eta)
         self.log.add_meta_loss(meta_loss, fine)

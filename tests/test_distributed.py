@@ -15,8 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from iada_plugin import IADAConfig, MetaIADA
 from iada_plugin.distributed import gather_rows, weighted_average_
 
+OPTIONS = {"lookahead": {}, "online": {"schedule": "online"}, "low": {"memory": "low"}}
 
-def train(rank, world, schedule, folder):
+
+def train(rank, world, variant, folder):
     if world > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         torch.set_num_threads(1)
@@ -33,14 +35,14 @@ def train(rank, world, schedule, folder):
         (torch.arange(12) % 3)[rank::world],
     )
     iada = MetaIADA(wrapped, optimizer, meta_loader=[meta], steps_per_epoch=2, epochs=11,
-                    config=IADAConfig(warmup_epochs=1, schedule=schedule, meta_lr=0.01, covariance_lr=0.01))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1, meta_lr=0.01, covariance_lr=0.01, **OPTIONS[variant]))  # fmt: skip
     for step in range(22):
         optimizer.zero_grad()
         rows = slice(rank, None, world)
         iada(wrapped(x[step, rows]), y[step, rows]).backward()
         optimizer.step()
     state = {**iada.state_dict(), **{f"model.{k}": v for k, v in model.state_dict().items()}}
-    torch.save(state, f"{folder}/{schedule}-{world}-{rank}.pt")
+    torch.save(state, f"{folder}/{variant}-{world}-{rank}.pt")
     if world > 1:
         average = [torch.tensor([float(rank)]), torch.tensor([[2.0 * rank]])]
         weighted_average_(average, weight=1.0 + 2 * rank)
@@ -49,11 +51,11 @@ def train(rank, world, schedule, folder):
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("schedule", ["lookahead", "online"])
-def test_two_processes_equal_one(tmp_path, schedule):
-    train(0, 1, schedule, tmp_path)
-    mp.spawn(train, args=(2, schedule, tmp_path), nprocs=2)
-    one, first, second = (torch.load(tmp_path / f"{schedule}-{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
+@pytest.mark.parametrize("variant", list(OPTIONS))
+def test_two_processes_equal_one(tmp_path, variant):
+    train(0, 1, variant, tmp_path)
+    mp.spawn(train, args=(2, variant, tmp_path), nprocs=2)
+    one, first, second = (torch.load(tmp_path / f"{variant}-{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
     assert all(torch.equal(first[k], second[k]) for k in first)  # ranks agree bit for bit
     for key, value in one.items():
         torch.testing.assert_close(first[key], value, rtol=1e-5, atol=1e-6)

@@ -5,7 +5,8 @@ from oracles import naive_logits, naive_variance_term
 
 from iada_plugin import IADAHead
 from iada_plugin import functional as IF
-from iada_plugin.covariance import plain_step, relative_step
+from iada_plugin import hypergradient as hg
+from iada_plugin.covariance import LowRank, plain_step, relative_step, update_class_statistics, variances
 
 
 def data(n=7, c=5, h=6, full=True, dtype=torch.float64):
@@ -51,6 +52,65 @@ def test_logits_against_the_formula(full):
         IF.iada_logits(h, w, b, y, e, s, p, 0.3, 0.7), naive_logits(h, w, b, y, e, s, p, 0.3, 0.7)
     )
     torch.testing.assert_close(IF.iada_logits(h, w, None, y, e, s, p), naive_logits(h, w, None, y, e, s, p, 0.5, 1.0))
+
+
+def in_form(kind):
+    """A covariance in one of the forms, its tensors, and the dense ``[C, H, H]`` that they stand for."""
+    generator = torch.Generator().manual_seed(2)
+    half = torch.randn(5, 6, 6, generator=generator, dtype=torch.float64)
+    if kind == "full":
+        covariance = (half @ half.mT).requires_grad_()
+        return covariance, [covariance], covariance
+    diagonal = half[:, 0].square().requires_grad_()
+    if kind == "diagonal":
+        return diagonal, [diagonal], torch.diag_embed(diagonal)
+    factor = half[:, :, :2].clone().requires_grad_()
+    return LowRank(diagonal, factor), [diagonal, factor], torch.diag_embed(diagonal) + factor @ factor.mT
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+@pytest.mark.parametrize("fixed_shift", [True, False])
+@pytest.mark.parametrize("in_margin", [True, False])
+def test_the_closed_form_gradients_of_every_argument(kind, fixed_shift, in_margin):
+    h, w, b, y, e, _, p = data()
+    w = w + 2  # a part that all rows share must not matter
+    covariance, tensors, dense = in_form(kind)
+    arguments = [t.clone().requires_grad_() for t in (h, w, b, e, p)]
+    h, w, b, e, p = arguments
+    found = IF.iada_logits(h, w, b, y, e, covariance, p, 0.3, 0.7, fixed_shift, in_margin)
+    scale = IF.margin_scale(F.linear(h, w, b).detach(), w.detach(), y) if in_margin else 1.0
+    expected = naive_logits(h, w, b, y, e * scale, dense, p, 0.3, 0.7, fixed_shift)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    pairs = zip(*(torch.autograd.grad(z, [*arguments, *tensors], upstream) for z in (found, expected)), strict=True)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(IF.variance_term(w, y, covariance), naive_variance_term(w, y, dense))
+
+
+@pytest.mark.parametrize("pieces", [1, 70])
+@pytest.mark.parametrize("classes", [5, 9])  # more classes than features keep other tensors for the backward pass
+def test_full_covariances_in_pieces(pieces, classes, monkeypatch):
+    monkeypatch.setattr("iada_plugin.variance.CHUNK_ELEMENTS", pieces)
+    h, w, b, y, e, s, p = data(n=20, c=classes)
+    w.requires_grad_()
+    found, expected = IF.iada_logits(h, w, b, y, e, s, p), naive_logits(h, w, b, y, e, s, p, 0.5, 1.0)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn_like(found)
+    torch.testing.assert_close(torch.autograd.grad(found, w, upstream), torch.autograd.grad(expected, w, upstream))
+
+
+def test_the_low_rank_hypergradient_is_that_of_the_dense_covariance():
+    h, w, b, y, e, _, p = data()
+    covariance, (_, factor), dense = in_form("low_rank")
+    layer = hg.HeadTangent(h, w, b, torch.randn_like(h), torch.randn_like(w), torch.randn_like(b))
+    for fixed_shift in (True, False):
+        arguments = (layer, y, e), (p, 0.3, 0.7, fixed_shift, True)
+        for_epsilon, classes, found = hg.head_hypergradient(*arguments[0], covariance, *arguments[1])
+        expected_epsilon, _, gradient = hg.head_hypergradient(*arguments[0], dense.detach(), *arguments[1])
+        torch.testing.assert_close(for_epsilon, expected_epsilon)
+        torch.testing.assert_close(found.diagonal, gradient.diagonal(dim1=1, dim2=2))
+        torch.testing.assert_close(found.factor, gradient @ factor[classes].detach())
 
 
 def test_a_fixed_shift_changes_no_logit_and_trains_no_weight():
@@ -189,6 +249,9 @@ def test_covariance_steps(full):
         eigenvalues = torch.linalg.eigvalsh(step) if full else step
         assert eigenvalues.min() > -1e-9
     torch.testing.assert_close(plain_step(s, gradient, 1e-6), s - 1e-6 * gradient)
+    if full:  # singular matrices, as of classes with few samples, are no reason to look at eigenvalues
+        thin = s[:, :, :2] @ s[:, :, :2].mT
+        torch.testing.assert_close(plain_step(thin, thin, 0.5), 0.5 * thin)
     assert not relative_step(0 * s, gradient, 0.1).any()
     assert torch.equal(relative_step(s, 0 * gradient, 0.1), s)
 
@@ -213,3 +276,43 @@ def test_statistics_in_batches_equal_those_of_all_samples(covariance):
     count, before = head.class_count.clone(), head.covariance.clone()
     head.update_statistics(h + 1, y, means_only=True)
     assert torch.equal(count, head.class_count) and torch.equal(before, head.covariance)
+
+
+def test_low_rank_statistics():
+    """The diagonal is exact; the factor is as good as the best one of its rank, nearly, whatever the batches."""
+    generator = torch.Generator().manual_seed(0)
+    strong = 3 * torch.randn(3, 8, 2, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 3, (400,), generator=generator)
+    h = (strong[y] @ torch.randn(400, 2, 1, generator=generator, dtype=torch.float64)).squeeze(2)
+    h += 0.5 * torch.randn(400, 8, generator=generator, dtype=torch.float64)
+    weight = torch.ones(400, dtype=torch.float64)
+    h[7], weight[7] = float("nan"), 0
+    for size in (400, 23, 1):
+        count, mean = torch.zeros(4, dtype=torch.float64), torch.zeros(4, 8, dtype=torch.float64)
+        covariance = LowRank(torch.zeros_like(mean), torch.zeros(4, 8, 2, dtype=torch.float64))
+        for rows in torch.arange(400).split(size):
+            update_class_statistics(count, mean, covariance, h[rows], y[rows], weight[rows])
+        assert count.sum() == 399
+        for c in range(3):
+            exact = torch.cov(h[(y == c) & (weight > 0)].T, correction=0)
+            torch.testing.assert_close(variances(covariance)[c], exact.diagonal())
+            found = covariance.diagonal[c].diag() + covariance.factor[c] @ covariance.factor[c].T
+            assert covariance.diagonal[c].min() >= 0
+            assert (found - exact).norm() < 0.05 * exact.norm() < 0.1 * (exact.diagonal().diag() - exact).norm()
+        assert not covariance.factor[3].any() and not mean[3].any()
+
+
+def test_low_rank_step():
+    covariance, (diagonal, factor), dense = in_form("low_rank")
+    gradient = torch.randn_like(dense)
+    gradient = gradient + gradient.mT
+    given = LowRank(gradient.diagonal(dim1=1, dim2=2), gradient @ factor)
+    for scale in (1e-8, 1.0, 1e8):
+        moved = relative_step(covariance, LowRank(*(scale * t for t in given)), 0.01)
+        new = torch.diag_embed(moved.diagonal) + moved.factor @ moved.factor.mT
+        change = (new - dense).flatten(1).norm(dim=1) / dense.flatten(1).norm(dim=1)
+        torch.testing.assert_close(change, torch.full_like(change, 0.01), rtol=0.05, atol=0)
+        assert ((new - dense) * gradient).flatten(1).sum(1).lt(0).all()  # downhill
+    assert relative_step(covariance, given, 0.9).diagonal.min() >= 0
+    unmoved = relative_step(covariance, LowRank(*(0 * t for t in given)), 0.1)
+    assert torch.equal(unmoved.diagonal, diagonal) and torch.equal(unmoved.factor, factor)

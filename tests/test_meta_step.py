@@ -1,0 +1,398 @@
+"""What a meta step costs (passes, memory, waits), and the ways of doing with less of it."""
+
+import contextlib
+import copy
+import itertools
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import MLP, ConvNet
+from test_engine import fit, images, make, same, vectors
+
+from iada_plugin import IADAConfig, MetaIADA
+from iada_plugin import covariance as covariances
+from iada_plugin.meta_step import MetaStep
+
+N = 12
+
+
+def record_passes(model):
+    """Events of the first layer: ("forward" or "displaced", rows) and ("backward", rows)."""
+    events = []
+
+    def hook(module, args, output):
+        events.append(("forward" if output.requires_grad else "no_grad", len(output)))
+        if output.requires_grad:
+            output.register_hook(lambda g: events.append(("backward", len(g))))
+
+    model.stem[0].register_forward_hook(hook)
+    return events
+
+
+def step_passes(m, **config):
+    """The passes of a step after the first one, which repeats a pass to see whether it can be repeated."""
+    model = ConvNet()
+    iada, optimizer = make(model, images(n=m, seed=9), counts=[1] * 4, **config)
+    fit(model, iada, optimizer, [images(n=N, seed=s) for s in range(2)])
+    events = record_passes(model)
+    fit(model, iada, optimizer, [images(n=N, seed=5)])
+    assert iada.meta.skipped == 0
+    return events
+
+
+TRAIN, META, BACK, META_BACK, MOVED = ("forward", N), ("forward", 4), ("backward", N), ("backward", 4), ("no_grad", N)
+
+
+@pytest.mark.parametrize("config,expected", [
+    ({}, [TRAIN, BACK, META, META_BACK, MOVED, BACK]),
+    ({"memory": "low"}, [TRAIN, BACK, META, META_BACK, MOVED, TRAIN, BACK]),
+    ({"schedule": "online"}, [META, META_BACK, TRAIN, MOVED, BACK]),
+    ({"schedule": "online", "memory": "low"}, [META, META_BACK, TRAIN, MOVED, BACK]),
+    ({"hypergradient": "head"}, [TRAIN, ("no_grad", 4), BACK]),
+    ({"hypergradient": "head", "memory": "low"}, [TRAIN, ("no_grad", 4), BACK]),
+    ({"hypergradient": "head", "schedule": "online"}, [("no_grad", 4), TRAIN, BACK]),
+    ({"meta_lr": 0.0, "covariance_lr": 0.0}, [TRAIN, BACK]),
+])  # fmt: skip
+def test_no_pass_is_wasted(config, expected):
+    """The passes through the backbone, in order: docs/cost.md promises them."""
+    assert step_passes(4, **config) == expected
+
+
+def test_passes_between_meta_steps_are_those_of_plain_training():
+    model = ConvNet()
+    iada, optimizer = make(model, images(n=4, seed=9), counts=[1] * 4, schedule="online", meta_every=3)
+    events = record_passes(model)
+    counts = []
+    for s in range(8):
+        events.clear()
+        fit(model, iada, optimizer, [images(n=N, seed=s)])
+        counts.append(len(events))
+    assert counts == [2, 6, 2, 2, 5, 2, 2, 5]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("hypergradient", ["finite_difference", "forward", "head"])
+def test_low_memory_is_the_same_step_bit_for_bit(dropout, hypergradient):
+    results = []
+    for memory in ("fast", "low"):
+        torch.manual_seed(0)
+        model = ConvNet(dropout=dropout)
+        iada, optimizer = make(model, images(seed=9), counts=[1] * 4, memory=memory, hypergradient=hypergradient)
+        torch.manual_seed(1)
+        losses = fit(model, iada, optimizer, [images(seed=s) for s in range(5)])
+        results.append((model, iada.state_dict(), losses))
+    (fast, state, losses), (low, low_state, low_losses) = results
+    assert same(fast, low) and losses == low_losses
+    assert all(torch.equal(value, low_state[key]) for key, value in state.items())
+
+
+@pytest.mark.parametrize("config,held", [({}, True), ({"memory": "low"}, False), ({"schedule": "online"}, False)])
+def test_which_steps_hold_the_activations_of_two_batches(config, held):
+    """Activations of the training pass that are alive while the meta pass runs."""
+    model = ConvNet()
+    iada, optimizer = make(model, images(n=4, seed=9), counts=[1] * 4, **config)
+    fit(model, iada, optimizer, [images(n=N, seed=s) for s in range(2)])
+    saved, alive = [], []
+
+    class Saved:
+        def __init__(self, value):
+            self.value = value
+
+    def pack(tensor):
+        box = Saved(tensor)
+        if tensor.dim() == 4 and len(tensor) == N:
+            saved.append(weakref.ref(box))
+        return box
+
+    def before(module, args):
+        if len(args[0]) == 4:
+            alive.append(sum(reference() is not None for reference in saved))
+
+    model.stem.register_forward_pre_hook(before)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.value):
+        fit(model, iada, optimizer, [images(n=N, seed=3)])
+    assert saved and len(alive) == 1 and bool(alive[0]) is held
+
+
+def test_the_online_pass_is_taken_once_and_at_the_parameters_of_its_step():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], schedule="online", meta_momentum=0.0)
+    fit(model, iada, optimizer, [vectors()])
+    x, y = vectors(seed=3)
+    model.train()
+    expected = F.cross_entropy(model.fc(model.body(vectors(seed=1)[0])), vectors(seed=1)[1])
+    model(x), model(x)  # passes that nobody takes the loss of
+    output = model(x)
+    assert iada.meta_batches.drawn == 1
+    _, meta_loss, v = iada.meta._ready
+    assert torch.equal(meta_loss, expected.detach())
+    for found, gradient in zip(v, torch.autograd.grad(expected, list(model.parameters())), strict=True):
+        torch.testing.assert_close(found, gradient)
+    iada(output, y).backward()
+    assert iada.meta._ready is None
+    model(x), iada(model(x), y).backward()  # a second micro-batch has no meta step
+    optimizer.step()
+    assert iada.meta_batches.drawn == 1
+
+
+def test_a_state_loaded_after_the_online_pass_takes_a_new_one():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], schedule="online")
+    fit(model, iada, optimizer, [vectors()])
+    state = iada.state_dict()
+    output = model.train()(vectors()[0])
+    iada.load_state_dict(state)
+    iada(output, vectors()[1])
+    assert iada.meta_batches.drawn == 1 and iada.meta.log.pop()["iada/meta_loss"] > 0
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_checkpointed_and_in_half_precision(schedule):
+    """No special case: the same directions for Omega as in plain float32."""
+
+    class Checkpointed(ConvNet):
+        def forward(self, x):
+            x = self.stem(x)
+            block = lambda t: torch.relu(t + self.block(t))  # noqa: E731
+            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+            return self.fc(x.mean(dim=(2, 3)))
+
+    results = {}
+    for kind in ("plain", "checkpoint", "bf16", "compile", "low"):
+        torch.manual_seed(0)
+        model = ConvNet() if kind != "checkpoint" else Checkpointed()
+        options = {"memory": "low"} if kind == "low" else {}
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapped = torch.compile(model, backend="aot_eager") if kind == "compile" else model
+        config = IADAConfig(warmup_epochs=1, schedule=schedule, **options)
+        iada = MetaIADA(wrapped, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1, epochs=9,
+                        config=config)  # fmt: skip
+        model.train()
+        for s in range(3):
+            x, y = images(seed=s)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
+                loss = iada(wrapped(x), y)
+            loss.backward()
+            optimizer.step()
+        assert iada.meta.skipped == 0 and iada.meta_batches.drawn == 2
+        results[kind] = (iada.meta.average, model.fc.weight.detach())
+    average, weight = results.pop("plain")
+    for kind, (found, fc) in results.items():
+        flat, own = (torch.cat([t.flatten() for t in tensors]) for tensors in (average, found))
+        assert F.cosine_similarity(flat, own, dim=0) > (0.97 if kind == "bf16" else 0.9999), kind
+        torch.testing.assert_close(
+            fc, weight, rtol=0.1 if kind == "bf16" else 1e-3, atol=1e-2 if kind == "bf16" else 1e-5
+        )
+
+
+# ------------------------------------------------------------------------------------------- more from the same passes
+
+
+def test_several_updates_from_one_meta_step():
+    """As many calls of the head's hypergradient as updates, each at the Omega and Sigma of the one before; K by default."""
+    for config, expected in (({}, 1), ({"meta_every": 4}, 4), ({"meta_every": 4, "meta_updates": 2}, 2)):
+        model = MLP()
+        iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], **config)
+        seen = []
+        original = iada.meta._learn
+
+        def spy(layer, *arguments, seen=seen, original=original, iada=iada):
+            seen.append(
+                [t.clone() for t in (layer.features_dot, iada.meta.perturbation.output.weight, iada.head.covariance)]
+            )
+            return original(layer, *arguments)
+
+        iada.meta._learn = spy
+        fit(model, iada, optimizer, [vectors(), vectors(seed=2)])
+        assert len(seen) == expected
+        for (dot, omega, sigma), (next_dot, next_omega, next_sigma) in itertools.pairwise(seen):
+            assert torch.equal(dot, next_dot) and not torch.equal(sigma, next_sigma)
+            assert not torch.equal(omega, next_omega)
+
+
+def test_the_meta_gradient_is_averaged_over_steps():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.75, meta_lr=0.0)
+    given, used = [], []
+    original, tangent = iada.meta._meta_gradient, iada.meta._features_and_tangent
+
+    def gradient(*arguments):
+        loss, v = original(*arguments)
+        given.append([t.clone() for t in v])
+        return loss, v
+
+    iada.meta._meta_gradient = gradient
+    iada.meta._features_and_tangent = lambda forward, v: used.append([t.clone() for t in v]) or tangent(forward, v)
+    fit(model, iada, optimizer, [vectors(seed=s) for s in range(4)])
+    expected = given[0]
+    for v, direction in zip(given, used, strict=True):
+        expected = [0.75 * e + 0.25 * t for e, t in zip(expected, v, strict=True)]
+        for e, d in zip(expected, direction, strict=True):
+            torch.testing.assert_close(d, e)
+
+
+@pytest.mark.parametrize("config", [{}, {"schedule": "online"}, {"hypergradient": "head"}, {"memory": "low"}])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_meta_batch_that_is_not_finite_changes_nothing(config, first):
+    """Omega, its Adam state, Sigma and the average stay; training goes on, and the step is counted."""
+    good, bad = vectors(seed=1), (vectors(seed=1)[0] * float("nan"), vectors(seed=1)[1])
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    meta = [bad, good, good] if first else [good, bad, good]
+    iada = MetaIADA(model, optimizer, meta_loader=meta, class_counts=[3, 2, 1], steps_per_epoch=1, epochs=9,
+                    config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
+    fit(model, iada, optimizer, [vectors()])
+    before = None
+    for step in range(3):
+        is_bad = step == (0 if first else 1)
+        before = iada.state_dict()
+        with pytest.warns(UserWarning, match="not finite") if is_bad else contextlib.nullcontext():
+            (loss,) = fit(model, iada, optimizer, [vectors(seed=step + 2)])
+        assert loss.isfinite()
+        after = iada.state_dict()
+        # Statistics of the training batch do move.
+        learned = [k for k in after if k.startswith(("perturbation.h", "perturbation.o", "meta_", "head.covariance"))]
+        for key in learned:
+            unchanged = torch.equal(after[key], before[key]) if key in before else not after[key].any()
+            assert unchanged or not is_bad, key
+        assert is_bad == all(torch.equal(after[k], before[k]) for k in learned if k.startswith("perturbation.output"))
+    assert iada.pop_metrics()["iada/skipped_steps"] == 1
+
+
+def test_adaptive_virtual_step():
+    """Eq. 7 with the real optimizer's scaling: the displacement is Adam's step without its momentum."""
+    model = MLP()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    iada, _ = make(model, vectors(seed=1), counts=[3, 2, 1], optimizer=optimizer, warmup=3, virtual_step="adaptive")
+    fit(model, iada, optimizer, [vectors(seed=s) for s in range(3)])
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    moved = {}
+    original = iada.meta._meta_gradient
+    iada.meta._meta_gradient = lambda *a: (
+        moved.update({n: p.detach().clone() for n, p in model.named_parameters()}) or original(*a)
+    )
+    given = {}
+    train_gradient = iada.meta._train_gradient
+
+    def spy(*arguments, **options):
+        found = train_gradient(*arguments, **options)
+        given.update(zip(before, [g.clone() for g in found], strict=True))
+        return found
+
+    iada.meta._train_gradient = spy
+    iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
+    for name, p in model.named_parameters():
+        state = optimizer.state[p]
+        scale = (state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8
+        torch.testing.assert_close(moved[name], before[name] - 1e-2 * given[name] / scale)
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], virtual_step="adaptive")
+    with pytest.raises(ValueError, match=r"virtual_step='adaptive' needs an Adam-like optimizer.*SGD has none"):
+        fit(model, iada, optimizer, [vectors()] * 2)
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+def test_low_rank_covariances_in_training(schedule):
+    model = MLP()
+    iada, optimizer = make(
+        model, vectors(seed=1), counts=[3, 2, 1], covariance="low_rank", covariance_rank=3, schedule=schedule
+    )
+    fit(model, iada, optimizer, [vectors(seed=0)])
+    before = copy.deepcopy(iada.head.class_covariance)
+    fit(model, iada, optimizer, [vectors(seed=s) for s in range(4)])
+    after = iada.head.class_covariance
+    assert not torch.equal(before.factor, after.factor) and not torch.equal(before.diagonal, after.diagonal)
+    assert after.diagonal.min() >= 0 and iada.meta.skipped == 0
+    twin = copy.deepcopy(model)
+    state = iada.state_dict()
+    assert state["head.covariance_factor"].shape == (3, 16, 3)
+    iada.close()
+    assert type(model.fc) is torch.nn.Linear and not hasattr(model.fc, "covariance_factor")
+    other, _ = make(twin, vectors(seed=1), counts=[3, 2, 1], covariance="diagonal")
+    with pytest.raises(ValueError, match="another model or setting"):
+        other.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------- no waiting
+
+
+@pytest.mark.parametrize("config", [
+    {}, {"schedule": "online"}, {"memory": "low"}, {"hypergradient": "head"}, {"covariance": "diagonal"},
+    {"covariance": "low_rank", "covariance_rank": 2}, {"meta_every": 2},
+])  # fmt: skip
+def test_a_step_waits_for_nothing(config, monkeypatch):
+    """On the meta device, which has no values: whatever would read one (``item``, ``bool``, boolean indexing) fails.
+
+    What is looked at once at the start is switched off, and so is autocast, which that device does not know.
+    """
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    monkeypatch.setattr(MetaStep, "check_batch", lambda self: None)
+    monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, capturable: torch.optim.SGD(parameters, lr))
+    model = ConvNet().to("meta").train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = torch.empty(8, 3, 8, 8, device="meta"), torch.zeros(8, dtype=torch.long, device="meta")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "__bool__", lambda self: True)
+        iada = MetaIADA(model, optimizer, meta_loader=[(x[:4], y[:4])], steps_per_epoch=1, epochs=9,
+                        config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
+    iada.capture._verified = iada.statistics._ready = iada.statistics.prior_known = True
+    iada.meta._checked = iada.meta._repeatable = True
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        bool(x.sum() > 0)
+    iada.step = 1
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = iada(model(x), y)
+        loss.backward()
+        iada.statistics.flush(in_warmup=True, f_moments=iada.meta.perturbation)
+        optimizer.step()
+    assert iada.step == 4 and loss.device.type == "meta" and iada.meta_batches.drawn >= 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", [{}, {"schedule": "online"}, {"hypergradient": "head"}])
+def test_a_step_waits_for_nothing_on_a_gpu(config):
+    model = ConvNet().cuda()
+    meta = tuple(t.cuda() for t in images(seed=9))
+    iada, optimizer = make(model, meta, counts=[1] * 4, **config)
+    batch = tuple(t.cuda() for t in images())
+    fit(model, iada, optimizer, [batch] * 3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fit(model, iada, optimizer, [batch] * 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_padded_classes_are_a_list_of_different_classes():
+    labels = torch.tensor([4, 1, 4, 4, 0])
+    classes, place = covariances.padded_classes(labels, 6)
+    assert classes.tolist() == [0, 1, 4, 2, 3] and torch.equal(classes[place], labels)
+    classes, place = covariances.padded_classes(torch.tensor([1, 1, 0]), 2)
+    assert classes.tolist() == [0, 1] and place.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize("covariance", ["full", "diagonal", "low_rank"])
+def test_padded_classes_train_the_same(covariance, monkeypatch):
+    """What runs on a GPU, run here: labels of few classes, so that most places are padding."""
+    results = []
+    for padded in (False, True):
+        if padded:
+            for place in ("covariance", "functional", "hypergradient"):
+                monkeypatch.setattr(f"iada_plugin.{place}.present_classes", covariances.padded_classes)
+        torch.manual_seed(0)
+        model = MLP(classes=7).double()
+        x, y = vectors()
+        batch = (x.double(), y)
+        iada, optimizer = make(model, (x.double(), torch.arange(len(y)) % 7), counts=[3] * 7, covariance=covariance,
+                               covariance_rank=4)  # fmt: skip
+        fit(model, iada, optimizer, [batch] * 4)
+        results.append({**model.state_dict(), **iada.state_dict()})
+    for key, value in results[0].items():
+        if key != "head.covariance_factor":  # unique up to the signs of its columns
+            torch.testing.assert_close(results[1][key], value, rtol=1e-8, atol=1e-10)
