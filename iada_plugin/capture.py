@@ -79,8 +79,8 @@ class Capture:
         self._probe: Forward | None = None
         self._verified = False
         self._restore_buffers: Callable[[], None] = lambda: None
-        #: Called before each training pass.
-        self.before: Callable[[], None] = lambda: None
+        #: Called before each training pass, with its inputs.
+        self.before: Callable[[Forward], None] = lambda forward: None
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
@@ -100,8 +100,9 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.busy and module.training and torch.is_grad_enabled():
-            self.before()
-            self._current = Forward(args, kwargs, rng=rng_state(self.device))
+            forward = Forward(args, kwargs, rng=rng_state(self.device))
+            self.before(forward)
+            self._current = forward
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         # A pass without gradients, or of the eval mode, between model(x) and the criterion is none of ours.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import state
 from .batches import MetaBatches
-from .capture import Capture
+from .capture import Capture, Forward
 from .characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .checks import (
     check_labels,
@@ -28,6 +28,7 @@ from .config import IADAConfig
 from .data.meta import labels_of, require_all_classes
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .meta_step import MetaStep, mean_loss
+from .passes import Passes
 from .statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -127,11 +128,10 @@ class MetaIADA:
             self._restore_head()
             raise
         self.capture = Capture(self.model, self.head, compiled)
-        self.meta = self.step_type(
-            self.capture, self.optimizer, parameters, self.meta_batches, len(self.statistics.characteristics), config
-        )
+        passes = Passes(self.capture, self.optimizer, parameters, self.meta_batches, config)
+        self.meta = self.step_type(passes, len(self.statistics.characteristics))
         try:
-            self.meta.check_batch()
+            passes.check_batch()
         except Exception:
             self.capture.remove()
             self._restore_head()
@@ -223,14 +223,9 @@ class MetaIADA:
         learns = config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)
         return learns and (self.step - self.warmup_steps) % config.meta_every == 0
 
-    def _before_pass(self) -> None:
-        if (
-            self.config.schedule == "online"
-            and not self.in_warmup
-            and self._meta_step_due
-            and not self.statistics.pending
-        ):
-            self.meta.before_pass(self.step)
+    def _before_pass(self, forward: Forward) -> None:
+        if not self.in_warmup and self._meta_step_due and not self.statistics.pending:
+            self.meta.before_pass(forward, self.step)
 
     def _with_prior(self, output: Tensor) -> Tensor:
         """Logits of the warm-up."""

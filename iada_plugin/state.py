@@ -22,8 +22,11 @@ def collect(engine: MetaIADA) -> dict[str, Tensor]:
     found = {f"perturbation.{k}": v for k, v in engine.meta.perturbation.state_dict().items()}
     for index, entry in engine.meta.meta_optimizer.state_dict()["state"].items():
         found |= {f"meta_optimizer.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
-    if engine.meta.average is not None:
-        found |= {f"meta_gradient.{k}": v for k, v in zip(engine.meta.parameters, engine.meta.average, strict=True)}
+    if engine.meta.passes.average is not None:
+        found |= {
+            f"meta_gradient.{k}": v
+            for k, v in zip(engine.meta.passes.parameters, engine.meta.passes.average, strict=True)
+        }
     found |= {f"means.{k}": v for k, v in engine.statistics.means.state_dict().items()}
     found |= {f"head.{k}": v for k, v in engine.head.named_buffers()}
     found["label_count"] = engine.statistics.label_count
@@ -45,7 +48,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     adam, average = (_with_prefix(state, prefix) for prefix in later)
     given = {k: v for k, v in state.items() if not k.startswith("meta_optimizer.")}
     if average:
-        own |= {f"meta_gradient.{k}": p for k, p in engine.meta.parameters.items()}
+        own |= {f"meta_gradient.{k}": p for k, p in engine.meta.passes.parameters.items()}
     problems = [f"{k} is missing" for k in own if k not in given]
     problems += [f"{k} is unknown" for k in given if k not in own]
     problems += [
@@ -70,8 +73,10 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     engine.step, engine.meta.skipped, drawn, prior_known, *plan = given["counters"].tolist()
     engine.warmup_steps, engine.statistics_start = plan
     engine.statistics.reset(bool(prior_known))
-    engine.meta.forget_pass()
-    engine.meta.average = [average[k].to(p) for k, p in engine.meta.parameters.items()] if average else None
+    engine.meta.passes.forget()
+    engine.meta.passes.average = (
+        [average[k].to(p) for k, p in engine.meta.passes.parameters.items()] if average else None
+    )
     engine.meta_batches.skip_to(drawn)
 
 

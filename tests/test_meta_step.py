@@ -13,7 +13,7 @@ from test_engine import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, MetaIADA
 from iada_plugin import covariance as covariances
-from iada_plugin.meta_step import MetaStep
+from iada_plugin.passes import Passes
 
 N = 12
 
@@ -48,8 +48,8 @@ TRAIN, META, BACK, META_BACK, MOVED = ("forward", N), ("forward", 4), ("backward
 @pytest.mark.parametrize("config,expected", [
     ({}, [TRAIN, BACK, META, META_BACK, MOVED, BACK]),
     ({"memory": "low"}, [TRAIN, BACK, META, META_BACK, MOVED, TRAIN, BACK]),
-    ({"schedule": "online"}, [META, META_BACK, TRAIN, MOVED, BACK]),
-    ({"schedule": "online", "memory": "low"}, [META, META_BACK, TRAIN, MOVED, BACK]),
+    ({"schedule": "online"}, [META, META_BACK, MOVED, TRAIN, BACK]),
+    ({"schedule": "online", "memory": "low"}, [META, META_BACK, MOVED, TRAIN, BACK]),
     ({"hypergradient": "head"}, [TRAIN, ("no_grad", 4), BACK]),
     ({"hypergradient": "head", "memory": "low"}, [TRAIN, ("no_grad", 4), BACK]),
     ({"hypergradient": "head", "schedule": "online"}, [("no_grad", 4), TRAIN, BACK]),
@@ -126,12 +126,12 @@ def test_the_online_pass_is_taken_once_and_at_the_parameters_of_its_step():
     model(x), model(x)  # passes that nobody takes the loss of
     output = model(x)
     assert iada.meta_batches.drawn == 1
-    _, meta_loss, v = iada.meta._ready
-    assert torch.equal(meta_loss, expected.detach())
-    for found, gradient in zip(v, torch.autograd.grad(expected, list(model.parameters())), strict=True):
-        torch.testing.assert_close(found, gradient)
+    ready = iada.meta.passes._ready
+    assert torch.equal(ready.meta_loss, expected.detach())
+    gradient = torch.autograd.grad(expected, [model.fc.weight, model.fc.bias])
+    torch.testing.assert_close((ready.weight_dot, ready.bias_dot), gradient)
     iada(output, y).backward()
-    assert iada.meta._ready is None
+    assert iada.meta.passes._ready is None
     model(x), iada(model(x), y).backward()  # a second micro-batch has no meta step
     optimizer.step()
     assert iada.meta_batches.drawn == 1
@@ -179,7 +179,7 @@ def test_compiled_checkpointed_and_in_half_precision(schedule):
             loss.backward()
             optimizer.step()
         assert iada.meta.skipped == 0 and iada.meta_batches.drawn == 2
-        results[kind] = (iada.meta.average, model.fc.weight.detach())
+        results[kind] = (iada.meta.passes.average, model.fc.weight.detach())
     average, weight = results.pop("plain")
     for kind, (found, fc) in results.items():
         flat, own = (torch.cat([t.flatten() for t in tensors]) for tensors in (average, found))
@@ -218,15 +218,20 @@ def test_the_meta_gradient_is_averaged_over_steps():
     model = MLP()
     iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.75, meta_lr=0.0)
     given, used = [], []
-    original, tangent = iada.meta._meta_gradient, iada.meta._features_and_tangent
+    passes = iada.meta.passes
+    original, scaled = passes._meta_gradient, passes._scaled
 
     def gradient(*arguments):
         loss, v = original(*arguments)
         given.append([t.clone() for t in v])
         return loss, v
 
-    iada.meta._meta_gradient = gradient
-    iada.meta._features_and_tangent = lambda forward, v: used.append([t.clone() for t in v]) or tangent(forward, v)
+    def spy(direction, rates):
+        if rates[0] > 0:  # the meta gradient, not the displacement
+            used.append([t.clone() for t in direction])
+        return scaled(direction, rates)
+
+    passes._meta_gradient, passes._scaled = gradient, spy
     fit(model, iada, optimizer, [vectors(seed=s) for s in range(4)])
     expected = given[0]
     for v, direction in zip(given, used, strict=True):
@@ -271,19 +276,20 @@ def test_adaptive_virtual_step():
     fit(model, iada, optimizer, [vectors(seed=s) for s in range(3)])
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     moved = {}
-    original = iada.meta._meta_gradient
-    iada.meta._meta_gradient = lambda *a: (
+    passes = iada.meta.passes
+    original = passes._meta_gradient
+    passes._meta_gradient = lambda *a: (
         moved.update({n: p.detach().clone() for n, p in model.named_parameters()}) or original(*a)
     )
     given = {}
-    train_gradient = iada.meta._train_gradient
+    scaled = passes._scaled
 
-    def spy(*arguments, **options):
-        found = train_gradient(*arguments, **options)
-        given.update(zip(before, [g.clone() for g in found], strict=True))
-        return found
+    def spy(direction, rates):
+        if rates[0] < 0:  # the displacement
+            given.update(zip(before, [g.clone() for g in direction], strict=True))
+        return scaled(direction, rates)
 
-    iada.meta._train_gradient = spy
+    passes._scaled = spy
     iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
     for name, p in model.named_parameters():
         state = optimizer.state[p]
@@ -330,7 +336,7 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
     What is looked at once at the start is switched off, and so is autocast, which that device does not know.
     """
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr(MetaStep, "check_batch", lambda self: None)
+    monkeypatch.setattr(Passes, "check_batch", lambda self: None)
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, capturable: torch.optim.SGD(parameters, lr))
     model = ConvNet().to("meta").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -340,7 +346,7 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
         iada = MetaIADA(model, optimizer, meta_loader=[(x[:4], y[:4])], steps_per_epoch=1, epochs=9,
                         config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
     iada.capture._verified = iada.statistics._ready = iada.statistics.prior_known = True
-    iada.meta._checked = iada.meta._repeatable = True
+    iada.meta.passes._checked = iada.meta.passes._repeatable = True
     with pytest.raises(RuntimeError, match="meta tensors"):
         bool(x.sum() > 0)
     iada.step = 1

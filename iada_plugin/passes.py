@@ -1,0 +1,347 @@
+"""The passes of a meta step through the model: virtual step, meta gradient, and the features' tangent along it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import hypergradient as hg
+from .batches import MetaBatches
+from .capture import Capture, Forward, isolated, seed_rng
+from .checks import REENTRANT, check_labels
+from .config import IADAConfig
+from .distributed import weighted_average_
+
+
+class Tangent(NamedTuple):
+    """What a meta step learns from."""
+
+    features: Tensor  # [N, H] of the training batch
+    features_dot: Tensor  # [N, H] their tangent along the meta gradient
+    weight_dot: Tensor | None  # [C, H] the meta gradient of the classifier; None where it is not trained
+    bias_dot: Tensor | None  # [C]
+    meta_loss: Tensor  # []
+    fine: Tensor  # [] whether the meta loss and its gradient are finite
+    eta: float  # the learning rate of the virtual step, which is divided out of the tangents
+
+
+@dataclass
+class _Probe:
+    """The part of a step that needs the training batch's inputs only, not its pass."""
+
+    step: int
+    meta_loss: Tensor
+    fine: Tensor
+    eta: float
+    weight_dot: Tensor | None
+    bias_dot: Tensor | None
+    features: Tensor | None = None
+    features_dot: Tensor | None = None
+    displaced: Tensor | None = None  # features at parameters moved along the meta gradient
+    distance: Tensor | None = None  # by so much
+
+
+class Passes:
+    """Virtual step, meta gradient and tangents; leaves parameters, buffers and random state as they were.
+
+    Args:
+        capture: repeats the model's forward passes.
+        optimizer: of the model, for its learning rates.
+        parameters: names and values of what the virtual step moves.
+        batches: endless ``((args, kwargs), labels)``.
+        config: settings.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        optimizer: torch.optim.Optimizer,
+        parameters: dict[str, nn.Parameter],
+        batches: MetaBatches,
+        config: IADAConfig,
+    ) -> None:
+        self.capture, self.optimizer, self.parameters = capture, optimizer, parameters
+        self.batches, self.config, self.head = batches, config, capture.head
+        #: Running average of the meta gradient, one tensor a parameter; with ``meta_momentum``, from the first step on.
+        self.average: list[Tensor] | None = None
+        self._values = list(parameters.values())
+        self._ready: _Probe | None = None
+        self._checked = False
+        self._repeatable: bool | None = None
+        # Whether the training pass's features are those of a difference pass, bit for bit; known from the first step on.
+        self._exact = True
+
+    @property
+    def head_only(self) -> bool:
+        """Whether the virtual step moves the classifier only."""
+        return self.config.hypergradient == "head"
+
+    def check_batch(self) -> None:
+        """Look at the first meta batch, before training: its form and labels.
+
+        Raises:
+            ValueError: naming what is wrong.
+        """
+        with isolated(self.capture):
+            seed_rng(self.capture.device, self.config.seed)
+            _, labels = self.batches.peek()
+        check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
+
+    def before(self, forward: Forward, step: int) -> None:
+        """The part of an online step that needs the training batch's inputs only. Taken before its pass, whose activations
+        are then never held together with those of another one; idempotent within a step.
+
+        Args:
+            forward: inputs and random state of the pass to come.
+            step: optimizer step.
+        """
+        if self._ready is not None and self._ready.step == step:
+            return
+        kind = self.capture.device.type
+        dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
+        with isolated(self.capture), torch.autocast(kind, enabled=False):
+            meta_loss, v = self._meta_gradient(self._draw(step), dtype)
+            self._ready = self._probe(forward, meta_loss, v, step)
+
+    def forget(self) -> None:
+        """Drop what :meth:`before` has prepared, for another state."""
+        self._ready = None
+
+    def online(self, forward: Forward, step: int) -> Tangent:
+        """The meta gradient at the current parameters (Eqs. 8 and 9 without the displacement of Eq. 7).
+
+        Args:
+            forward: the training pass.
+            step: optimizer step; seeds the meta pass's dropout, so that a resumed run repeats it.
+        """
+        self.before(forward, step)
+        probe, self._ready = self._ready, None
+        return self._complete(probe, forward)  # type: ignore[arg-type]
+
+    def lookahead(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int, step: int) -> Tangent:
+        """The meta gradient after a virtual step down ``train_loss`` (Eqs. 7 to 9).
+
+        Args:
+            forward: the training pass, whose graph is kept unless ``memory="low"``.
+            train_loss: from features ``[N, H]`` to the mean IADA loss.
+            n: samples in the training batch.
+            step: as for :meth:`online`.
+        """
+        with isolated(self.capture):
+            batch = self._draw(step)
+            with hg.displaced(self._values, self._virtual_step(forward, train_loss, n)):
+                meta_loss, v = self._meta_gradient(batch, forward.autocast_dtype)
+            probe = self._probe(forward, meta_loss, v, step)
+        return self._complete(probe, forward)
+
+    @property
+    def _releases_graph(self) -> bool:
+        # In mode "head" the virtual step does not go through the backbone, whose graph is there anyway.
+        return self.config.memory == "low" and self.config.schedule == "lookahead" and not self.head_only
+
+    def features_to_train(self, forward: Forward) -> Tensor:
+        """Features ``[N, H]`` with a graph: those of ``forward``, or of a pass in its place where the step used it up."""
+        if not self._releases_graph:
+            return forward.features  # type: ignore[return-value]
+        with isolated(self.capture), hg.meta_precision(forward.autocast_dtype, self.capture.device.type):
+            again = self.capture.features_of(forward.args, forward.kwargs, rng=forward.rng)
+        torch.clear_autocast_cache()
+        return again.features  # type: ignore[return-value]
+
+    # ---------------------------------------------------------------------------------------------------- virtual step
+
+    def _virtual_step(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int) -> list[Tensor]:
+        """Displacement of the parameters (Eq. 7)."""
+        loss = train_loss(forward.features.detach() if self.head_only else forward.features)  # type: ignore[union-attr, arg-type]
+        move = _gradient(loss, self._values, forward.autocast_dtype, retain_graph=not self._releases_graph)
+        weighted_average_(move, n)
+        rates, _ = self._virtual_rates()
+        return self._scaled(move, [-r for r in rates])
+
+    def _scaled(self, direction: list[Tensor], rates: list[float]) -> list[Tensor]:
+        """Times the rates, and the optimizer's scaling, in place."""
+        torch._foreach_mul_(direction, rates)
+        if self.config.virtual_step == "adaptive":
+            torch._foreach_mul_(direction, self._adaptive_scaling())
+        return direction
+
+    def _virtual_rates(self) -> tuple[list[float], float]:
+        """eta_1 of each parameter, and the largest of them."""
+        if self.config.virtual_lr is not None:
+            return [self.config.virtual_lr] * len(self._values), self.config.virtual_lr
+        rate = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        rates = [rate.get(id(p), 0.0) for p in self._values]
+        if max(rates) > 0:
+            return rates, max(rates)
+        # A learning-rate warm-up that starts at zero: as good as no displacement, while the direction is plain v.
+        return [1e-12] * len(rates), 1e-12
+
+    def _adaptive_scaling(self) -> list[Tensor]:
+        """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v, for ``virtual_step="adaptive"``.
+
+        Raises:
+            ValueError: the optimizer keeps none.
+        """
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        scaling = []
+        for p in self._values:
+            state = self.optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                group = groups[id(p)]
+                correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float32)
+                second = state["exp_avg_sq"] / correction.to(p.device)
+                scaling.append(second.sqrt_().add_(group.get("eps", 1e-8)).reciprocal_())
+            else:
+                scaling.append(torch.ones_like(p))  # no gradient ever reached it
+        if not any("exp_avg_sq" in self.optimizer.state.get(p, {}) for p in self._values):
+            raise ValueError(
+                f"virtual_step='adaptive' needs an Adam-like optimizer, which keeps second moments ('exp_avg_sq');"
+                f" {type(self.optimizer).__name__} has none: use virtual_step='sgd'."
+            )
+        return scaling
+
+    # --------------------------------------------------------------------------------------------------- meta gradient
+
+    def _draw(self, step: int) -> Any:
+        """The next meta batch; its augmentation, and the meta pass after it, run from a seed of the step's own."""
+        seed = (self.config.seed * 1_000_003 + step) % 2**31
+        self.batches.open()
+        seed_rng(self.capture.device, seed)
+        batch = next(self.batches)
+        seed_rng(self.capture.device, seed)
+        return batch
+
+    def _meta_gradient(self, batch: Any, autocast_dtype: torch.dtype | None) -> tuple[Tensor, list[Tensor]]:
+        """Meta loss (plain cross-entropy) and its gradient at the current parameters."""
+        (args, kwargs), labels = batch
+        with hg.meta_precision(autocast_dtype, labels.device.type), torch.set_grad_enabled(not self.head_only):
+            forward = self.capture.features_of(args, kwargs)
+        torch.clear_autocast_cache()
+        check_labels(labels, forward.features.shape[0], self.head.out_features, always=not self._checked)  # type: ignore[union-attr]
+        self._checked, labels = True, labels.long()
+        loss = F.cross_entropy(self.head.iada_logits(forward.features, None, alpha=0, beta=0), labels)  # type: ignore[arg-type]
+        v = _gradient(loss, self._values, forward.autocast_dtype)
+        loss = loss.detach().clone()
+        weighted_average_([*v, loss], labels.numel())
+        return loss, v
+
+    def _average(self, meta_loss: Tensor, v: list[Tensor]) -> Tensor:
+        """Put the running average of the meta gradients in the place of the last one; returns whether that was finite."""
+        fine = torch.isfinite(meta_loss) & torch.isfinite(torch.stack(torch._foreach_norm(v))).all()
+        momentum = self.config.meta_momentum
+        if momentum == 0:
+            return fine
+        if self.average is None:
+            self.average = [torch.where(fine, new, 0) for new in v]
+        else:
+            kept = [torch.where(fine, new, old) for new, old in zip(v, self.average, strict=True)]
+            torch._foreach_lerp_(self.average, kept, 1 - momentum)
+        torch._foreach_copy_(v, self.average)
+        return fine
+
+    # -------------------------------------------------------------------------------------------------------- tangents
+
+    def _probe(self, inputs: Forward, meta_loss: Tensor, v: list[Tensor], step: int) -> _Probe:
+        """Go along the meta gradient, which is used up."""
+        fine = self._average(meta_loss, v)
+        # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
+        rates, eta = self._virtual_rates()
+        v = self._scaled(v, [r / eta for r in rates])
+        own = {id(p): d for p, d in zip(self._values, v, strict=True)}
+        probe = _Probe(step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)))
+        with hg.full_precision(self.capture.device.type):
+            if self.config.hypergradient == "forward":
+                at = lambda values: self._features(inputs, values)  # noqa: E731
+                probe.features, probe.features_dot = hg.forward_tangent(at, self.parameters, v)
+            elif not self.head_only:
+                probe.displaced, probe.distance = hg.displaced_features(lambda: self._features(inputs), self._values, v)
+                if not self._exact:
+                    probe.features = self._base(inputs)
+        return probe
+
+    def _features(self, inputs: Forward, replaced: dict[str, Tensor] | None = None) -> Tensor:
+        """Features ``[N, H]`` of the training batch in full precision, with the dropout masks of its pass."""
+        cast = None if self.config.hypergradient == "forward" else self.head.covariance.dtype
+        found = self.capture.features_of(
+            inputs.args, inputs.kwargs, rng=inputs.rng, replaced=replaced, cast=cast, autocast=False
+        )
+        return found.features  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def _base(self, inputs: Forward) -> Tensor:
+        return self._features(inputs)
+
+    def _complete(self, probe: _Probe, forward: Forward) -> Tangent:
+        """Features and tangent, once the training pass is there."""
+        features: Tensor = forward.features.detach()  # type: ignore[union-attr]
+        dot = probe.features_dot
+        if self.head_only:
+            dot = torch.zeros_like(features)
+        elif probe.displaced is not None:
+            base = probe.features
+            if self._repeatable is None:
+                base = self._check_repeatable(forward, features, probe.displaced)
+            self._exact = bool(self._repeatable) and forward.exact and features.dtype == probe.displaced.dtype
+            if base is None and not self._exact:
+                with isolated(self.capture), hg.full_precision(features.device.type):
+                    base = self._base(forward)
+            features = features if base is None else base
+            dot = (probe.displaced - features) / probe.distance  # type: ignore[operator]
+        elif probe.features is not None:
+            features = probe.features
+        return Tangent(features, dot, probe.weight_dot, probe.bias_dot, probe.meta_loss, probe.fine, probe.eta)  # type: ignore[arg-type]
+
+    def _check_repeatable(self, forward: Forward, features: Tensor, displaced: Tensor) -> Tensor:
+        """Once: repeat the training pass, and see that the displaced one is close to it. Bit-equal features may serve as the base of the difference; features that are
+        equal to rounding only (compiled code, say) may not; others mean that the difference would be noise.
+
+        Raises:
+            RuntimeError: the pass cannot be repeated.
+        """
+        with isolated(self.capture), hg.full_precision(features.device.type):
+            again = self._base(forward)
+        size = features.float().norm().clamp_min(1e-6)
+        error = torch.maximum(*((other - features).float().norm() / size for other in (again, displaced)))
+        if bool(error > 0.2):
+            raise RuntimeError(
+                f"{type(self.capture.model).__name__}: the same pass, repeated with the same random state, gives features"
+                f" that differ by {100 * float(error):.0f} %. Finite differences would be noise. Something in the model"
+                " draws or keeps what cannot be restored (dropout in compiled code, state outside of buffers): use"
+                " IADAConfig(hypergradient='head')."
+            )
+        self._repeatable = torch.equal(again, features)
+        return again
+
+
+def _gradient(
+    loss: Tensor, parameters: list[nn.Parameter], autocast_dtype: torch.dtype | None, retain_graph: bool = False
+) -> list[Tensor]:
+    """Gradient of ``loss``; zero for a parameter it does not reach."""
+    # Through a float16 graph small gradients vanish unless they are scaled up.
+    scale = 8192.0 if autocast_dtype == torch.float16 else 1.0
+    loss = loss * scale if scale != 1 else loss
+    found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    # Reentrant checkpointing hides the parameters inside it from autograd.grad: they would pass for unused.
+    if any(g is None for g in found) and _has_reentrant_checkpoint(loss):
+        raise ValueError(REENTRANT)
+    gradient = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
+    return gradient if scale == 1 else list(torch._foreach_div(gradient, scale))
+
+
+def _has_reentrant_checkpoint(loss: Tensor) -> bool:
+    """Whether the graph of ``loss`` holds a reentrant ``torch.utils.checkpoint``."""
+    seen, stack = set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        if "CheckpointFunction" in node.name():
+            return True
+        seen.add(node)
+        stack.extend(parent for parent, _ in node.next_functions)
+    return False
