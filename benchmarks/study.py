@@ -1,10 +1,11 @@
-"""The study behind the defaults, the ablation and the sensitivity to alpha and beta: validation samples only; resumable.
+"""The study behind the defaults, the ablation and the sensitivity to alpha and beta: validation samples only, but for what
+cheaper meta steps lose, which is scored on test samples; resumable.
 
     python benchmarks/study.py --data DATA                                  # everything
     python benchmarks/study.py --data DATA --group ablation --seeds 0 1 2   # one group
     python benchmarks/study.py --render                                     # tables and plot from what is there
 
-Uses the CPU-size scenarios of benchmarks/accuracy.py, without their test samples. Appends to
+Uses the CPU-size scenarios of benchmarks/accuracy.py and two of its own. Appends to
 benchmarks/results/study_cpu.jsonl, and writes study.md and sensitivity.png beside it.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import accuracy
 import numpy as np
 
+from iada_plugin.recipes import scenarios as make
 from iada_plugin.recipes.methods import PAPER, run_method, versions, with_overrides
 
 
@@ -87,11 +89,60 @@ ABLATION = {
 }
 ALPHA = {f"alpha = {a}": Variant("", {"alpha": a}) for a in (0.1, 0.25, 0.5, 0.75, 1.0)}
 BETA = {f"beta = {b}": Variant("", {"beta": b}) for b in (0.5, 0.75, 1.0, 1.25, 1.5)}
+_PAPER_STEP = {"schedule": "lookahead", "meta_every": 1, "meta_momentum": 0.0}
+_AVERAGED = {"schedule": "lookahead", "meta_every": 1}
+_ONLINE = {"schedule": "online", "meta_every": 1}
+_SMALL = {"meta_batch_size": 25}  # a quarter of the training batch
+#: What cheaper meta steps lose.
+COST = {
+    "cross-entropy": Variant("", method="ce"),
+    "lookahead": Variant("the paper's step in every step, M = N", _PAPER_STEP),
+    "lookahead M=N/4": Variant("", _PAPER_STEP, settings=_SMALL),
+    "lookahead M=N/4 K=5, one update": Variant(
+        "a fifth of the updates", {**_PAPER_STEP, "meta_every": 5, "meta_updates": 1}, settings=_SMALL
+    ),
+    "lookahead M=N/4 K=5": Variant("five updates from one step", {**_PAPER_STEP, "meta_every": 5}, settings=_SMALL),
+    "lookahead, averaged": Variant("M = N, average of the meta gradient", _AVERAGED),
+    "lookahead M=N/4 K=5, averaged": Variant("five updates, average", {**_AVERAGED, "meta_every": 5}, settings=_SMALL),
+    "online": Variant("M = N", {**_ONLINE, "meta_momentum": 0.0}),
+    "online M=N/4, averaged": Variant("", _ONLINE, settings=_SMALL),
+    "online M=N/4 K=5": Variant("five updates", {**_ONLINE, "meta_every": 5, "meta_momentum": 0.0}, settings=_SMALL),
+    "online M=N/4 K=5, averaged": Variant("five updates, average", {**_ONLINE, "meta_every": 5}, settings=_SMALL),
+    "head": Variant("M = N", {**_PAPER_STEP, "hypergradient": "head"}),
+    "head M=N/4, averaged": Variant("", {**_AVERAGED, "hypergradient": "head"}, settings=_SMALL),
+}
+TASKS: dict[str, accuracy.Task] = {
+    **accuracy.CPU,
+    "cifar10_flip1_40": accuracy.Task(
+        "CIFAR-10, pair-flip (flip1) noise 40 %, 5,000 images, 16 x 16, ResNet-8, no crops, 32 epochs",
+        "cifar10",
+        lambda data, seed: make.label_noise(
+            data,
+            kind="flip1",
+            rate=0.4,
+            samples_per_class=500,
+            val_per_class=300,
+            image_size=16,
+            augment=False,
+            seed=seed,
+        ),
+        [],
+        {"model": "resnet8", "epochs": 32, "milestones": (22 / 32, 28 / 32)},
+    ),
+    "mnist_lt": accuracy.Task(
+        "MNIST, long tail 100:1 (largest class 1,000), small convolutional network, 30 epochs",
+        "mnist",
+        lambda data, seed: make.long_tail(data, n_max=1000, val_per_class=300, seed=seed),
+        [],
+        {"model": "smallconv", "epochs": 30, "milestones": (0.6, 0.8), "gamma": 0.1, "warmup_ratio": 0.5, "lr": 0.05},
+    ),
+}
 TITLES = {
-    "form": "Form", "early": "Meta steps from epoch 16 on", "ablation": "Terms of the loss", "alpha": "Weight of the variance term",
+    "cost": "Cheaper meta steps (test samples)", "form": "Form", "early": "Meta steps from epoch 16 on", "ablation": "Terms of the loss", "alpha": "Weight of the variance term",
     "beta": "Weight of the prior term",
 }  # fmt: skip
 GROUPS = {
+    "cost": (COST, ["cifar10_flip1_40", "mnist_lt"]),
     "form": (FORM, ["cifar10_lt", "cifar10_flip2_40", "colored_mnist"]),
     "early": (EARLY, ["cifar10_lt"]),
     "ablation": (ABLATION, ["cifar10_lt"]),
@@ -101,25 +152,28 @@ GROUPS = {
 
 
 def run_one(group: str, name: str, task: str, seed: int, data: str, device: str) -> dict:
-    variant, chosen = GROUPS[group][0][name], accuracy.CPU[task]
+    variant, chosen = GROUPS[group][0][name], TASKS[task]
     scenario = chosen.build(str(Path(data) / chosen.file), seed)
     settings = with_overrides(scenario.settings, **{**chosen.settings, **variant.settings})
     found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
-                       config=variant.config, test=False)  # fmt: skip
+                       config=variant.config, test=group == "cost")  # fmt: skip
+    found.pop("predictions", None)
     return {"group": group, "variant": name, "scenario": task, "seed": seed, "config": variant.config,
             "settings": asdict(settings), "versions": versions(), "machine": accuracy.machine(device),
             **accuracy.without_nan({k: v for k, v in found.items() if k != "config"})}  # fmt: skip
 
 
 def _cell(runs: list[dict], column: str) -> str:
-    values = [r[column] if column == "noise_auroc" else r["validation"].get(column) for r in runs]
+    values = [r[column] if column == "noise_auroc" else r.get("metrics", r["validation"]).get(column) for r in runs]
     values = [v for v in values if v is not None and v == v]
     return accuracy.mean_and_spread(values) if values else ""
 
 
 def table(runs: list[dict], group: str, task: str) -> list[str]:
     variants = GROUPS[group][0]
-    columns = ["worst_group", "average"] if task == "colored_mnist" else ["accuracy", "many", "medium", "noise_auroc"]
+    columns = (
+        ["worst_group", "average"] if task == "colored_mnist" else ["accuracy", "many", "medium", "few", "noise_auroc"]
+    )
     columns = [c for c in columns if any(_cell([r], c) for r in runs)]
     titles = {"noise_auroc": "AUROC of wrong labels", "worst_group": "worst group"}
     lines = [
@@ -164,7 +218,7 @@ def render(folder: Path) -> str:
         for task in tasks:
             own = [r for r in runs if r["group"] == group and r["scenario"] == task]
             if own:
-                text += ["", f"## {TITLES[group]}: {accuracy.CPU[task].title}", "", *table(own, group, task)]
+                text += ["", f"## {TITLES[group]}: {TASKS[task].title}", "", *table(own, group, task)]
     if any(r["group"] == "alpha" for r in runs):
         plot(runs, folder / "sensitivity.png")
         text += ["", "![Validation accuracy against alpha and beta](sensitivity.png)"]
@@ -175,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder of the data sets, as for benchmarks/accuracy.py")
     parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=list(GROUPS))
-    parser.add_argument("--scenario", nargs="+", choices=list(accuracy.CPU))
+    parser.add_argument("--scenario", nargs="+", choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--render", action="store_true", help="only write the tables")

@@ -23,6 +23,7 @@ from ..data import (
     read_cifar,
     read_glt,
     read_image_list,
+    read_mnist,
 )
 from .loop import Samples, crop_and_flip
 from .networks import create_network
@@ -50,8 +51,12 @@ def _load_images(data: str | None, image_size: int | None) -> tuple[Tensor, ...]
         x, y, test_x, test_y = load_digits()
         x, test_x = (F.interpolate(images, size=(16, 16)) for images in (x, test_x))
     else:
-        splits = read_cifar(data)
-        (x, y), (test_x, test_y) = ((images.float() / 255, labels) for images, labels in splits.values())
+        if list(Path(data).glob("train-images-idx3-ubyte*")):
+            parts = ((torch.from_numpy(part) for part in read_mnist(data, train)) for train in (True, False))
+            splits = [(images[:, None], labels.long()) for images, labels in parts]
+        else:
+            splits = list(read_cifar(data).values())
+        (x, y), (test_x, test_y) = ((images.float() / 255, labels) for images, labels in splits)
     if image_size and image_size != x.shape[-1]:
         x, test_x = (F.interpolate(images, size=(image_size,) * 2, mode="area") for images in (x, test_x))
     mean, std = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True)
@@ -60,7 +65,7 @@ def _load_images(data: str | None, image_size: int | None) -> tuple[Tensor, ...]
 
 def _image_scenario(name: str, x: Tensor, num_classes: int, data: str | None, augment: bool, **parts: Any) -> Scenario:
     # Digits must not be mirrored. Four pixels in 32, as published.
-    shift = crop_and_flip(max(1, x.shape[-1] // 8) if augment else 0, flip=data is not None)
+    shift = crop_and_flip(max(1, x.shape[-1] // 8) if augment else 0, flip=x.shape[1] == 3)
     channels = x.shape[1]
     return Scenario(
         name, num_classes, augment=shift, network=lambda model: create_network(model, num_classes, channels), **parts
@@ -80,7 +85,7 @@ def long_tailed_images(
     """Long-tailed images (Cao et al., 2019; Liu et al., 2019).
 
     Args:
-        data: ``None`` for digits; a folder of CIFAR's Parquet files; a folder with ``*_train.txt`` and ``*_test.txt`` image
+        data: ``None`` for digits; a folder of CIFAR's Parquet files, or of MNIST's IDX files; a folder with ``*_train.txt`` and ``*_test.txt`` image
             lists (ImageNet-LT, Places-LT, iNaturalist 2018).
         imbalance_ratio: largest over smallest class (100; digits 20); for CIFAR and digits.
         n_max: training samples of class 0, by default all.
@@ -163,7 +168,7 @@ def label_noise(
     """Wrong labels (Shu et al., 2019), or real human ones (CIFAR-10N).
 
     Args:
-        data: ``None`` for digits, or a folder of CIFAR's Parquet files.
+        data: ``None`` for digits, or a folder of CIFAR's Parquet files or MNIST's IDX files.
         kind: "uniform", "flip1", "flip2", "none", or a column of ``cifar10n.npz`` in that folder, such as "worse_label".
         rate: share of noise, for the first three.
         samples_per_class: training samples, by default all.
