@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from meter import PeakMemory, environment, interleaved, ratio, table, write
+from meter import PeakMemory, environment, interleaved, keep_freed_memory, ratio, table, write
 from torch import Tensor
 
 from iada_plugin.covariance import LowRank
@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=8.0, help="GB that the published form may take")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
+    keep_freed_memory()
     rows = []
     for n, c, hidden in SIZES:
         p = problem(n, c, hidden, args.device)

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from logits_cost import published_logits
-from meter import PeakMemory, environment, interleaved, ratio, table, write
+from meter import PeakMemory, environment, interleaved, keep_freed_memory, ratio, table, write
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -224,6 +224,16 @@ class Split(nn.Module):
         return h, self.head(h)
 
 
+def characteristics_of(layer: IADAHead, h: Tensor, logits: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """The fifteen characteristics of a batch, with the running means at zero."""
+    zeros = torch.zeros_like(layer.class_count)
+    state = BatchState(
+        h.detach().float(), logits.detach().float(), y, weight.detach().float(), layer.class_mean.float(),
+        variances(layer.covariance).sum(1), layer.log_prior.exp(), zeros, zeros, zeros[0],
+    )  # fmt: skip
+    return compute_characteristics(state).to(weight.dtype)
+
+
 class Unrolled:
     """The same step by two backward passes through the backbone; ``virtual`` is what a library has to say."""
 
@@ -240,11 +250,8 @@ class Unrolled:
     def loss(self, h: Tensor, weight: Tensor, bias: Tensor, y: Tensor) -> Tensor:
         """The IADA loss of a batch, twice differentiable."""
         layer, logits = self.layer, F.linear(h, weight, bias)
-        zeros = torch.zeros_like(layer.class_count)
-        state = BatchState(h.detach().float(), logits.detach().float(), y, weight.detach(), layer.class_mean,
-                           variances(layer.covariance).sum(1), layer.log_prior.exp(), zeros, zeros, zeros[0])  # fmt: skip
-        epsilon = 5 * self.network(compute_characteristics(state))
-        direction, scale = direction_and_scale(logits.detach().float(), weight.detach(), y, True)
+        epsilon = 5 * self.network(characteristics_of(layer, h, logits, weight, y))
+        direction, scale = direction_and_scale(logits.detach().to(weight.dtype), weight.detach(), y, True)
         shift = (epsilon * scale)[:, None] * F.linear(direction, weight.detach())
         z = published_logits(h, weight, bias, y, layer.covariance, 0.5) + shift + layer.log_prior
         return F.cross_entropy(z, y)
@@ -486,6 +493,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile, for plain steps and this package's")
     parser.add_argument("--render", type=Path, help="only draw an earlier result")
     args = parser.parse_args()
+    keep_freed_memory()
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     if args.render:
