@@ -22,7 +22,7 @@ from iada_plugin.head import find_classifier
 from iada_plugin.hypergradient import HeadTangent
 from iada_plugin.meta_step import MetaStep
 from iada_plugin.recipes.loop import Batches
-from iada_plugin.recipes.methods import IADA, METHODS, CrossEntropy, Method, Run
+from iada_plugin.recipes.methods import IADA, METHODS, PAPER_STEP, CrossEntropy, Method, Run
 
 # --------------------------------------------------------------------------------------------------- class imbalance
 
@@ -231,7 +231,7 @@ METHODS |= {
     "la": Method("Logit Adjustment", _plain(logit_adjusted, counts=True)),
     "gce": Method("generalized CE", _plain(generalized_cross_entropy)),
     "mwn": Method("Meta-Weight-Net", lambda run: IADA(
-        run, MetaWeightNet, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit")),
+        run, MetaWeightNet, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit", **PAPER_STEP)),
     "group_dro": Method("GroupDRO", GroupDRO),
     "lisa": Method("LISA", LISA),
     "ce_meta": Method("CE, train + meta", CrossEntropy, add_meta=True),

@@ -20,7 +20,7 @@ import accuracy
 import numpy as np
 
 from iada_plugin.recipes import scenarios as make
-from iada_plugin.recipes.methods import PAPER, run_method, versions, with_overrides
+from iada_plugin.recipes.methods import PAPER, PAPER_STEP, run_method, versions, with_overrides
 
 
 @dataclass
@@ -89,26 +89,25 @@ ABLATION = {
 }
 ALPHA = {f"alpha = {a}": Variant("", {"alpha": a}) for a in (0.1, 0.25, 0.5, 0.75, 1.0)}
 BETA = {f"beta = {b}": Variant("", {"beta": b}) for b in (0.5, 0.75, 1.0, 1.25, 1.5)}
-_PAPER_STEP = {"schedule": "lookahead", "meta_every": 1, "meta_momentum": 0.0}
 _AVERAGED = {"schedule": "lookahead", "meta_every": 1}
 _ONLINE = {"schedule": "online", "meta_every": 1}
 _SMALL = {"meta_batch_size": 25}  # a quarter of the training batch
 #: What cheaper meta steps lose.
 COST = {
     "cross-entropy": Variant("", method="ce"),
-    "lookahead": Variant("the paper's step in every step, M = N", _PAPER_STEP),
-    "lookahead M=N/4": Variant("", _PAPER_STEP, settings=_SMALL),
+    "lookahead": Variant("the paper's step in every step, M = N", PAPER_STEP),
+    "lookahead M=N/4": Variant("", PAPER_STEP, settings=_SMALL),
     "lookahead M=N/4 K=5, one update": Variant(
-        "a fifth of the updates", {**_PAPER_STEP, "meta_every": 5, "meta_updates": 1}, settings=_SMALL
+        "a fifth of the updates", {**PAPER_STEP, "meta_every": 5, "meta_updates": 1}, settings=_SMALL
     ),
-    "lookahead M=N/4 K=5": Variant("five updates from one step", {**_PAPER_STEP, "meta_every": 5}, settings=_SMALL),
+    "lookahead M=N/4 K=5": Variant("five updates from one step", {**PAPER_STEP, "meta_every": 5}, settings=_SMALL),
     "lookahead, averaged": Variant("M = N, average of the meta gradient", _AVERAGED),
     "lookahead M=N/4 K=5, averaged": Variant("five updates, average", {**_AVERAGED, "meta_every": 5}, settings=_SMALL),
     "online": Variant("M = N", {**_ONLINE, "meta_momentum": 0.0}),
     "online M=N/4, averaged": Variant("", _ONLINE, settings=_SMALL),
     "online M=N/4 K=5": Variant("five updates", {**_ONLINE, "meta_every": 5, "meta_momentum": 0.0}, settings=_SMALL),
     "online M=N/4 K=5, averaged": Variant("five updates, average", {**_ONLINE, "meta_every": 5}, settings=_SMALL),
-    "head": Variant("M = N", {**_PAPER_STEP, "hypergradient": "head"}),
+    "head": Variant("M = N", {**PAPER_STEP, "hypergradient": "head"}),
     "head M=N/4, averaged": Variant("", {**_AVERAGED, "hypergradient": "head"}, settings=_SMALL),
 }
 TASKS: dict[str, accuracy.Task] = {
@@ -155,8 +154,10 @@ def run_one(group: str, name: str, task: str, seed: int, data: str, device: str)
     variant, chosen = GROUPS[group][0][name], TASKS[task]
     scenario = chosen.build(str(Path(data) / chosen.file), seed)
     settings = with_overrides(scenario.settings, **{**chosen.settings, **variant.settings})
+    # Everything but the cost was studied with the paper's meta step.
+    config = {**PAPER_STEP, **variant.config} if variant.method == "iada" else variant.config
     found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
-                       config=variant.config, test=group == "cost")  # fmt: skip
+                       config=config, test=group == "cost")  # fmt: skip
     found.pop("predictions", None)
     return {"group": group, "variant": name, "scenario": task, "seed": seed, "config": variant.config,
             "settings": asdict(settings), "versions": versions(), "machine": accuracy.machine(device),
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the data sets, as for benchmarks/accuracy.py")
     parser.add_argument("--group", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--scenario", nargs="+", choices=list(TASKS))
+    parser.add_argument("--variant", nargs="+", help="forms of the group; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--render", action="store_true", help="only write the tables")
@@ -243,7 +245,7 @@ def main() -> None:
             variants, tasks = GROUPS[group]
             for task in [t for t in tasks if not args.scenario or t in args.scenario]:
                 for seed in args.seeds:
-                    for name in variants:
+                    for name in [v for v in variants if not args.variant or v in args.variant]:
                         wanted = {"group": group, "variant": name, "scenario": task, "seed": seed}
                         if accuracy.key(wanted) not in {accuracy.key(r) for r in accuracy.read(path)}:
                             print(f"{group}: {name}, {task}, seed {seed}", flush=True)

@@ -193,7 +193,7 @@ class MetaIADACallback(TrainerCallback):
                 )
             dataset = dataset.remove_columns([c for c in own if c not in wanted])
         # auto_find_batch_size lowers the state's batch size, not the argument's.
-        size = self.config.meta_batch_size or (state.train_batch_size or args.train_batch_size) * world_size()
+        size = self.config.meta_batch((state.train_batch_size or args.train_batch_size) * world_size())
         return meta_dataloader(
             dataset,
             size,

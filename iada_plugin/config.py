@@ -32,7 +32,7 @@ class IADAConfig:
     statistics_epochs: float = _setting(
         1.0, "Class statistics are collected over this many epochs before the warm-up ends."
     )
-    meta_every: int = _setting(1, "A meta step every so many optimizer steps.")
+    meta_every: int = _setting(5, "K: a meta step every so many optimizer steps. The paper: 1.")
     meta_updates: int | None = _setting(
         None,
         "Updates of Omega and Sigma from the passes of one meta step (default: meta_every, so that sparser meta steps"
@@ -45,7 +45,9 @@ class IADAConfig:
         " 0: none, as the paper.",
     )
     meta_batch_size: int | None = _setting(
-        None, "Meta samples per meta step, over all processes (Trainer only; default: as many as training samples)."
+        None,
+        "M: meta samples per meta step, over all processes (Trainer only; default: a quarter of the training samples, at"
+        " least 16; with schedule='lookahead' as many, as the paper).",
     )
     meta_lr: float = _setting(1e-3, "Adam learning rate of the perturbation network Omega (iNaturalist: 1e-4).")
     covariance_lr: float = _setting(
@@ -68,9 +70,9 @@ class IADAConfig:
         " layer only: cheapest, an approximation).",
     )
     schedule: str = _setting(
-        "lookahead",
-        "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, cheaper,"
-        " an approximation that is poor on an untrained network.",
+        "online",
+        "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, half as"
+        " dear, an approximation that is poor on an untrained network.",
     )
     memory: str = _setting(
         "fast",
@@ -151,6 +153,11 @@ class IADAConfig:
         value = getattr(self, name)
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"IADAConfig: {name}={value!r} must be {wanted}.")
+
+    def meta_batch(self, train_batch: int) -> int:
+        """Meta samples per meta step for so many training samples."""
+        share = 1 if self.schedule == "lookahead" else 4
+        return self.meta_batch_size or max(min(train_batch, 16), train_batch // share)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON types."""

@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from models import MLP, ConvNet
+from models import EVERY_STEP, MLP, ConvNet
 from test_engine import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, MetaIADA
@@ -167,7 +167,7 @@ def test_compiled_checkpointed_and_in_half_precision(schedule):
         options = {"memory": "low"} if kind == "low" else {}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         wrapped = torch.compile(model, backend="aot_eager") if kind == "compile" else model
-        config = IADAConfig(warmup_epochs=1, schedule=schedule, **options)
+        config = IADAConfig(warmup_epochs=1, meta_every=1, schedule=schedule, **options)
         iada = MetaIADA(wrapped, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1, epochs=9,
                         config=config)  # fmt: skip
         model.train()
@@ -249,7 +249,7 @@ def test_a_meta_batch_that_is_not_finite_changes_nothing(config, first):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     meta = [bad, good, good] if first else [good, bad, good]
     iada = MetaIADA(model, optimizer, meta_loader=meta, class_counts=[3, 2, 1], steps_per_epoch=1, epochs=9,
-                    config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1, **{**EVERY_STEP, **config}))  # fmt: skip
     fit(model, iada, optimizer, [vectors()])
     before = None
     for step in range(3):
@@ -344,7 +344,7 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__bool__", lambda self: True)
         iada = MetaIADA(model, optimizer, meta_loader=[(x[:4], y[:4])], steps_per_epoch=1, epochs=9,
-                        config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
+                        config=IADAConfig(warmup_epochs=1, **{**EVERY_STEP, **config}))  # fmt: skip
     iada.capture._verified = iada.statistics._ready = iada.statistics.prior_known = True
     iada.meta.passes._checked = iada.meta.passes._repeatable = True
     with pytest.raises(RuntimeError, match="meta tensors"):

@@ -40,9 +40,9 @@ class Run:
         """``[C]`` training samples of each class."""
         return torch.bincount(self.train.y, minlength=self.scenario.num_classes)
 
-    def meta_batches(self) -> Batches:
+    def meta_batches(self, config: IADAConfig) -> Batches:
         """Batches of the meta set, augmented as in training."""
-        size = self.settings.meta_batch_size or self.settings.batch_size
+        size = self.settings.meta_batch_size or config.meta_batch(self.settings.batch_size)
         size = math.ceil(len(self.meta) / math.ceil(len(self.meta) / size))  # no small rest
         return Batches(self.meta, size, augment=self.scenario.augment, workers=self.settings.workers)
 
@@ -90,9 +90,10 @@ class IADA:
             **run.config,
             **config,
         }
+        settings = IADAConfig(**config)
         self.engine = engine(
-            run.model, run.optimizer, meta_loader=run.meta_batches(), class_counts=run.counts,
-            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=IADAConfig(**config),
+            run.model, run.optimizer, meta_loader=run.meta_batches(settings), class_counts=run.counts,
+            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=settings,
         )  # fmt: skip
         #: Epochs that must not be selected as the method's result.
         self.warmup_epochs = math.ceil(self.engine.warmup_steps / run.steps_per_epoch)
@@ -122,8 +123,11 @@ def iada_method(title: str, **config: Any) -> Method:
 #: epsilon = 0 and the covariances as estimated: no meta step.
 _NOTHING_LEARNED = {"meta_lr": 0.0, "covariance_lr": 0.0}
 
-#: The perturbation and the warm-up as published.
+#: The published meta step: a virtual step in every step.
+PAPER_STEP = {"schedule": "lookahead", "meta_every": 1, "meta_momentum": 0.0}
+#: The perturbation and the warm-up as published, too.
 PAPER = {
+    **PAPER_STEP,
     "epsilon_range": (-1, 1),
     "perturbation_scale": "unit",
     "perturbation_size": 1.0,
@@ -137,7 +141,7 @@ METHODS: dict[str, Method] = {
     "iada_paper": iada_method("Meta-IADA, paper's perturbation", **PAPER),
     "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
     "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
-    "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0),
+    "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0, **PAPER_STEP),
 }  # fmt: skip
 
 
