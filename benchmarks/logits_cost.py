@@ -79,6 +79,12 @@ def forms(p: dict[str, Tensor], rank: int, limit: float) -> dict[str, Any]:
     return found
 
 
+def render(result: dict[str, Any]) -> str:
+    """Markdown."""
+    return table(result["rows"], {"N": "N", "C": "C", "H": "H", "form": "form", "milliseconds": "ms", "time_ratio": "time",
+                                  "megabytes": "MB", "memory_ratio": "memory"})  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu")
@@ -105,9 +111,9 @@ def main() -> None:
             rows.append({"N": n, "C": c, "H": hidden, "form": name, "milliseconds": round(1e3 * sorted(times[name])[len(times[name]) // 2], 2),
                          "time_ratio": middle, "time_quartiles": [low, high], "megabytes": round(peaks[name] / 1e6, 2),
                          "memory_ratio": round(peaks[name] / peaks["Linear + CE"], 2)})  # fmt: skip
-    write(args.json, {**environment(args.device), "rows": rows})
-    print(table(rows, {"N": "N", "C": "C", "H": "H", "form": "form", "milliseconds": "ms", "time_ratio": "time", "megabytes": "MB",
-                       "memory_ratio": "memory"}))  # fmt: skip
+    result = {**environment(args.device), "rows": rows}
+    write(args.json, result)
+    print(render(result))
 
 
 if __name__ == "__main__":

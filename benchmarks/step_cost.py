@@ -139,20 +139,23 @@ class Setting:
         return self.config.get("meta_every", 1)
 
 
+_LOOKAHEAD = {"schedule": "lookahead", "meta_every": 1}
+_ONLINE = {"schedule": "online", "meta_every": 1}
+_HEAD = {"hypergradient": "head", "meta_every": 1}
 SETTINGS = {
     "plain": Setting(other="plain"),
-    "loss only": Setting({"meta_lr": 0.0, "covariance_lr": 0.0}),
-    "lookahead": Setting(),
-    "lookahead low memory": Setting({"memory": "low"}),
-    "lookahead forward": Setting({"hypergradient": "forward"}),
-    "lookahead M=N/4": Setting({}, 0.25),
-    "lookahead M=N/4 low memory": Setting({"memory": "low"}, 0.25),
-    "lookahead M=N/4 K=5": Setting({"meta_every": 5}, 0.25),
-    "online": Setting({"schedule": "online"}),
-    "online M=N/4": Setting({"schedule": "online"}, 0.25),
-    "online M=N/4 K=5": Setting({"schedule": "online", "meta_every": 5}, 0.25),
-    "head": Setting({"hypergradient": "head"}),
-    "head M=N/4": Setting({"hypergradient": "head"}, 0.25),
+    "loss only": Setting({**_ONLINE, "meta_lr": 0.0, "covariance_lr": 0.0}),
+    "lookahead": Setting(_LOOKAHEAD),
+    "lookahead low memory": Setting({**_LOOKAHEAD, "memory": "low"}),
+    "lookahead forward": Setting({**_LOOKAHEAD, "hypergradient": "forward"}),
+    "lookahead M=N/4": Setting(_LOOKAHEAD, 0.25),
+    "lookahead M=N/4 low memory": Setting({**_LOOKAHEAD, "memory": "low"}, 0.25),
+    "lookahead M=N/4 K=5": Setting({**_LOOKAHEAD, "meta_every": 5}, 0.25),
+    "online": Setting(_ONLINE),
+    "online M=N/4": Setting(_ONLINE, 0.25),
+    "online M=N/4 K=5": Setting({**_ONLINE, "meta_every": 5}, 0.25),
+    "head": Setting(_HEAD),
+    "head M=N/4": Setting(_HEAD, 0.25),
     "double backward": Setting(other="autograd"),
     "double backward, higher": Setting(other="higher"),
     "double backward, torchopt": Setting(other="torchopt"),
@@ -435,7 +438,7 @@ def _errors(work: Workload, wanted: dict[str, Setting], options: Options, pretra
     for name, setting in wanted.items():
         share = setting.meta_share
         if share not in exact:
-            forward = {"hypergradient": "forward"}
+            forward = {**_LOOKAHEAD, "hypergradient": "forward"}
             exact[share] = hypergradient(copy.deepcopy(model).double(), work, forward, share, Options(options.device))
         own = hypergradient(model, work, {**setting.config, "meta_every": 1}, share, options)
         found[name] = float(f"{float((own - exact[share]).norm() / exact[share].norm()):.2g}")
@@ -446,12 +449,27 @@ def _errors(work: Workload, wanted: dict[str, Setting], options: Options, pretra
 
 
 def render(result: dict[str, Any], plot: Path | None) -> str:
-    rows = [{**r, "passes": "{forward:g} F + {backward:g} B".format(**r["passes"]) if r.get("passes") else r.get("error")}
-            for r in result["rows"]]  # fmt: skip
+    """Markdown, one table a model; with ``plot``, a picture too."""
+    rows = [{**r, "passes": _passes(r), "time": _time(r)} for r in result["rows"]]
     if plot is not None:
         _plot([r for r in rows if "time_ratio" in r], plot)
-    return table(rows, {"model": "model", "setting": "setting", "time_ratio": "time", "memory_ratio": "memory", "passes": "passes",
-                        "hypergradient_error": "error of the hypergradient"})  # fmt: skip
+    columns = {"setting": "setting", "time": "time (quartiles)", "memory_ratio": "memory", "passes": "passes a step",
+               "hypergradient_error": "error of the hypergradient"}  # fmt: skip
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in rows):
+        own = [r for r in rows if r["model"] == model]
+        plain = next(r for r in own if r["setting"] == "plain")
+        title = f"**{model}**: a plain step takes {1e3 * plain['seconds']:.0f} ms and {plain['megabytes']:.0f} MB."
+        parts.append(f"{title}\n\n{table(own, columns)}")
+    return "\n\n".join(parts)
+
+
+def _passes(row: dict[str, Any]) -> str:
+    return "{forward:g} F + {backward:g} B".format(**row["passes"]) if row.get("passes") else row.get("error", "")
+
+
+def _time(row: dict[str, Any]) -> str:
+    return "{:.2f} ({:.2f} to {:.2f})".format(row["time_ratio"], *row["time_quartiles"]) if "time_ratio" in row else ""
 
 
 def _plot(rows: list[dict[str, Any]], path: Path) -> None:

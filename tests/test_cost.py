@@ -178,3 +178,25 @@ def test_double_backward_trains_the_same_network():
         found = torch.autograd.grad(contender.virtual(*batch), list(contender.network.parameters()))
         for one, other in zip(found, expected, strict=True):
             assert (one - other).norm() <= 1e-6 * other.norm() + 1e-12, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+@pytest.mark.parametrize("tf32,autocast", [(False, False), (True, False), (True, True)])
+def test_the_hypergradient_on_a_gpu(schedule, tf32, autocast):
+    """Under TF32 and bfloat16 the difference passes stay float32: the direction is rounded, the difference is not."""
+    work, device = step_cost.WORKLOADS["tiny"]["ResNet-8"], "cuda"
+    model = step_cost.pretrained(work, step_cost.Options(device), 20, 0.0)
+    config = {"schedule": schedule, "meta_every": 1}
+    exact = step_cost.hypergradient(step_cost.copy.deepcopy(model).double(), work, {**config, "hypergradient": "forward"}, 1.0,
+                                    step_cost.Options(device))  # fmt: skip
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    try:
+        found = step_cost.hypergradient(model, work, config, 1.0, step_cost.Options(device, autocast))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+    if autocast:
+        assert F.cosine_similarity(found, exact, dim=0) > 0.97
+    else:
+        assert (found - exact).norm() < (5e-2 if tf32 else 2e-2) * exact.norm()

@@ -1,0 +1,88 @@
+"""Write the tables of README.md and docs/cost.md: settings from `IADAConfig`, figures from benchmarks/results.
+
+python docs/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from iada_plugin import IADAConfig
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def settings() -> str:
+    """`IADAConfig`, one setting a row."""
+    rows = [
+        f"| `{name}` | `{field.default!r}` | {field.metadata['help']} |"
+        for name, field in IADAConfig.__dataclass_fields__.items()
+    ]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
+def _benchmark(name: str) -> Any:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return __import__(name)
+    finally:
+        sys.path.pop(0)
+
+
+def _made_by(result: dict[str, Any]) -> str:
+    return (
+        f"Made by `{result['command']}`: {result['machine']}, {result['threads']} threads, torch {result['torch']}, Python"
+        f" {result['python']}."
+    )
+
+
+def step_cost() -> str:
+    """benchmarks/step_cost.py: one table a model."""
+    result = json.loads((RESULTS / "step_cost_cpu.json").read_text())
+    return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
+
+
+def logits_cost() -> str:
+    """benchmarks/logits_cost.py."""
+    result = json.loads((RESULTS / "logits_cost_cpu.json").read_text())
+    return f"{_benchmark('logits_cost').render(result)}\n\n{_made_by(result)}"
+
+
+def approximations() -> str:
+    """The group "cost" of benchmarks/study.py."""
+    study = _benchmark("study")
+    runs = [r for r in study.accuracy.read(RESULTS / "study_cpu.jsonl") if r["group"] == "cost"]
+    text = []
+    for task in study.GROUPS["cost"][1]:
+        own = [r for r in runs if r["scenario"] == task]
+        text += [f"{study.TASKS[task].title}:", "", *study.table(own, "cost", task), ""]
+    return "\n".join(text).rstrip()
+
+
+BLOCKS = {
+    ROOT / "README.md": [settings],
+    ROOT / "docs" / "cost.md": [step_cost, logits_cost, approximations],
+}
+
+
+def filled(page: Path) -> str:
+    """The page's text with its tables as they should be."""
+    text = page.read_text()
+    for make in BLOCKS[page]:
+        name = make.__name__
+        block = re.compile(f"(?<=<!-- {name} -->\n).*(?=<!-- /{name} -->)", re.DOTALL)
+        if not block.search(text):
+            raise SystemExit(f"{page.name} has no block <!-- {name} --> ... <!-- /{name} -->.")
+        new = make() + "\n"
+        text = block.sub(lambda _, new=new: new, text)
+    return text
+
+
+if __name__ == "__main__":
+    for page in BLOCKS:
+        page.write_text(filled(page))
