@@ -142,67 +142,86 @@ class HeadTangent(NamedTuple):
     bias_dot: Tensor | None  # [C]
 
 
-def head_hypergradient(
-    layer: HeadTangent,
-    labels: Tensor,
-    epsilon: Tensor,
-    covariance: Covariance,
-    log_prior: Tensor,
-    alpha: float,
-    beta: float,
-    fixed_shift: bool = False,
-    in_margin: bool = False,
-) -> tuple[Tensor, Tensor, Covariance]:
-    """``d/d(eps, Sigma)`` of the directional derivative of the mean IADA loss along a tangent; closed form.
+class HeadProblem(NamedTuple):
+    """The last layer in a meta step: what stays while Omega and Sigma move, made by :func:`head_problem`."""
+
+    weight: Tensor  # [C, H]
+    weight_dot: Tensor  # [C, H]
+    labels: Tensor  # [N]
+    classes: Tensor  # [U] present ones (:func:`iada_plugin.covariance.present_classes`)
+    inverse: Tensor  # [N]
+    logits: Tensor  # [N, C] plain ones, and their tangent
+    logits_dot: Tensor
+    push: Tensor  # [N, C] d logits / d epsilon, and its tangent; no tangent where the shift is fixed
+    push_dot: Tensor | None
+
+
+@torch.no_grad()
+def head_problem(layer: HeadTangent, labels: Tensor, fixed_shift: bool = False, in_margin: bool = False) -> HeadProblem:
+    """Prepare :func:`head_hypergradient`.
 
     Args:
         layer: the last layer's input and parameters with their tangents.
         labels: ``[N]``.
+        fixed_shift, in_margin: as in :func:`iada_plugin.functional.iada_logits`.
+    """
+    features, weight, bias, features_dot, weight_dot, bias_dot = layer
+    classes, inverse = present_classes(labels, weight.shape[0])
+    logits = F.linear(features, weight, bias)
+    direction, scale = direction_and_scale(logits, weight, labels, in_margin)
+    logits_dot = features_dot @ weight.T + F.linear(features, weight_dot, bias_dot)
+    push = scale[:, None] * (direction @ weight.T)
+    push_dot = None if fixed_shift else scale[:, None] * (direction @ weight_dot.T)
+    return HeadProblem(weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot)
+
+
+@torch.no_grad()
+def head_hypergradient(
+    problem: HeadProblem, epsilon: Tensor, covariance: Covariance, log_prior: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Covariance | None]:
+    """``d/d(eps, Sigma)`` of the directional derivative of the mean IADA loss along a tangent; closed form.
+
+    Args:
+        problem: the batch.
         epsilon: ``[N]``.
         covariance: of all classes, in any form.
         log_prior: ``[C]``.
         alpha, beta: weights of the variance and prior terms.
-        fixed_shift, in_margin: as in :func:`iada_plugin.functional.iada_logits`.
 
     Returns:
-        ``[N]`` for epsilon; the ``[U]`` classes present (:func:`iada_plugin.covariance.present_classes`); ``[U, H, H]`` or
-        ``[U, H]`` for their covariances, or a `LowRank` of the gradient's diagonal and its product with the factor.
+        ``[N]`` for epsilon; for the covariances of ``problem.classes`` ``[U, H, H]`` or ``[U, H]``, or a `LowRank` of the
+        gradient's diagonal and its product with the factor, ``None`` with ``alpha = 0``.
     """
-    features, weight, bias, features_dot, weight_dot, bias_dot = layer
-    with torch.no_grad():
-        n = labels.numel()
-        classes, inverse = present_classes(labels, weight.shape[0])
+    weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot = problem
+    n = labels.numel()
+    logits = logits + epsilon[:, None] * push
+    if push_dot is not None:
+        logits_dot = logits_dot + epsilon[:, None] * push_dot
+    own: Covariance | None = None
+    if alpha != 0:
         own = take(covariance, classes)
-        base = F.linear(features, weight, bias)
-        direction, scale = direction_and_scale(base, weight, labels, in_margin)
-        push = scale[:, None] * (direction @ weight.T)  # dz / d eps
-        logits = base + epsilon[:, None] * push
-        logits_dot = features_dot @ weight.T + F.linear(features, weight_dot, bias_dot)
-        push_dot = None
-        if not fixed_shift:
-            push_dot = scale[:, None] * (direction @ weight_dot.T)
-            logits_dot += epsilon[:, None] * push_dot
-        if alpha != 0:
-            logits += alpha * class_variance_term(weight, classes, own)[inverse]
-            logits_dot += alpha * variance_tangent(weight, weight_dot, classes, own)[inverse]
-        if beta != 0:
-            logits += beta * log_prior
-        q = logits.softmax(dim=1)
-        residual = q.scatter_add(1, labels[:, None], -torch.ones_like(q[:, :1]))  # dL/dz = q - e_y
-        # The tangent of q: (diag(q) - q q^T) z_dot.
-        q_dot = q * (logits_dot - (q * logits_dot).sum(dim=1, keepdim=True))
-        for_epsilon = (q_dot * push).sum(dim=1)
-        if push_dot is not None:
-            for_epsilon += (residual * push_dot).sum(dim=1)
-        shape = (classes.numel(), q.shape[1])
-        # z holds alpha rho, and z_dot alpha rho_dot.
-        r = q.new_zeros(shape).index_add_(0, inverse, residual, alpha=alpha / n)  # [U, C]
-        k = q.new_zeros(shape).index_add_(0, inverse, q_dot, alpha=alpha / n)  # [U, C]
-        full = not isinstance(own, LowRank) and own.dim() == 3
-        gradient: Covariance = covariance_gradient(weight, classes, k, weight_dot, r, full=full)
-        if isinstance(own, LowRank):
-            gradient = LowRank(gradient, low_rank_gradient(weight, classes, own.factor, k, weight_dot, r))  # type: ignore[arg-type]
-        return for_epsilon / n, classes, gradient
+        logits = logits + alpha * class_variance_term(weight, classes, own)[inverse]
+        logits_dot = logits_dot + alpha * variance_tangent(weight, weight_dot, classes, own)[inverse]
+    if beta != 0:
+        logits = logits + beta * log_prior
+    q = logits.softmax(dim=1)
+    residual = q.scatter_add(1, labels[:, None], -torch.ones_like(q[:, :1]))  # dL/dz = q - e_y
+    # The tangent of q: (diag(q) - q q^T) z_dot.
+    q_dot = q * (logits_dot - (q * logits_dot).sum(dim=1, keepdim=True))
+    for_epsilon = (q_dot * push).sum(dim=1) / n
+    if push_dot is not None:
+        for_epsilon += (residual * push_dot).sum(dim=1) / n
+    if own is None:
+        return for_epsilon, None
+    # z holds alpha rho, and z_dot alpha rho_dot.
+    k, r = (
+        q.new_zeros(classes.numel(), q.shape[1]).index_add_(0, inverse, t, alpha=alpha / n) for t in (q_dot, residual)
+    )
+    full = not isinstance(own, LowRank) and own.dim() == 3
+    gradient = covariance_gradient(weight, classes, k, weight_dot, r, full=full)
+    if isinstance(own, LowRank):
+        return for_epsilon, LowRank(gradient, low_rank_gradient(weight, classes, own.factor, k, weight_dot, r))
+    return for_epsilon, gradient
 
 
 def meta_precision(dtype: torch.dtype | None, device_type: str) -> AbstractContextManager[None]:

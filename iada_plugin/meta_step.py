@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import hypergradient as hg
 from .capture import Forward
-from .covariance import LowRank, plain_step, put, relative_step, take
+from .covariance import Covariance, LowRank, plain_step, put, relative_step, take
 from .distributed import gather_rows
 from .head import IADAHead
 from .passes import Passes, Tangent
@@ -124,44 +124,52 @@ class MetaStep:
             bias_dot,
         )
         labels, f = gather_rows(labels), gather_rows(f)
-        # What the passes gave holds for several small steps of Omega and Sigma: only the last layer is gone through again.
-        fine = tangent.fine
-        for _ in range(self.config.meta_updates or self.config.meta_every):
-            fine = self._learn(layer, labels, f, fine, tangent.eta)
+        fine = self._learn(layer, labels, f, tangent.fine, tangent.eta)
         self.log.add_meta_loss(tangent.meta_loss, fine)
         self._skipped += ~fine
         if fine.device.type == "cpu":
             self.report_skipped()
 
     def _learn(self, layer: hg.HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
-        """Step Omega and Sigma, unless something is not finite; returns whether everything was, ``[]`` on the device: the
-        decision is taken there, so that nobody has to wait for it."""
+        """Steps of Omega and Sigma; what the passes gave holds for several small ones, which go through the last layer only.
+
+        A step is left out if something is not finite. The decision is taken on the device, so that nobody has to wait for it.
+
+        Returns:
+            Whether everything was finite, ``[]``.
+        """
+        config = self.config
+        problem = hg.head_problem(layer, labels, config.fixed_shift, self._in_margin)
+        for _ in range(config.meta_updates or config.meta_every):
+            fine = self._learn_once(problem, f, fine, eta)
+        return fine
+
+    def _learn_once(self, problem: hg.HeadProblem, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         head, config = self.head, self.config
-        size = self._delta_size(labels)
+        size = self._delta_size(problem.labels)
         with torch.enable_grad():
             epsilon = self.perturbation(f)
-        for_epsilon, classes, for_covariance = hg.head_hypergradient(
-            layer, labels, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta,
-            config.fixed_shift, self._in_margin,
-        )  # fmt: skip
-        parts = for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,)
-        for values in (for_epsilon, *parts):
-            fine = fine & torch.isfinite(values).all()
+        for_epsilon, for_covariance = hg.head_hypergradient(
+            problem, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta
+        )
+        fine = fine & torch.isfinite(for_epsilon).all()
+        if for_covariance is not None:
+            for values in for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,):
+                fine = fine & torch.isfinite(values).all()
         # d meta / d(eps, Sigma) is -eta times what was computed.
         with torch.enable_grad():
             self._step_network(-(epsilon * (for_epsilon * size)).sum(), fine)
-        if config.alpha != 0 and config.covariance_lr > 0:
-            own = take(head.class_covariance, classes)
-            if config.covariance_step == "relative":
-                step = -for_covariance if isinstance(for_covariance, Tensor) else LowRank(*(-t for t in parts))
-                moved = relative_step(own, step, config.covariance_lr)
-            else:
-                moved = plain_step(own, -eta * for_covariance, config.covariance_lr)  # type: ignore[arg-type, operator]
-            if isinstance(moved, LowRank):
+        if for_covariance is not None and config.covariance_lr > 0:
+            own = take(head.class_covariance, problem.classes)
+            moved: Covariance
+            if isinstance(for_covariance, LowRank):
+                moved = relative_step(own, LowRank(*(-t for t in for_covariance)), config.covariance_lr)
                 moved = LowRank(*(torch.where(fine, new, old) for new, old in zip(moved, own, strict=True)))
             else:
-                moved = torch.where(fine, moved, own)  # type: ignore[arg-type]
-            put(head.class_covariance, classes, moved)
+                step = relative_step if config.covariance_step == "relative" else plain_step
+                scale = 1.0 if config.covariance_step == "relative" else eta
+                moved = torch.where(fine, step(own, -scale * for_covariance, config.covariance_lr), own)  # type: ignore[arg-type, operator]
+            put(head.class_covariance, problem.classes, moved)
         return fine
 
     def _step_network(self, objective: Tensor, fine: Tensor) -> None:

@@ -52,9 +52,9 @@ def test_inaturalist_fits_beside_the_model(covariance, rank):
         with torch.no_grad():
             dots = torch.randn(h.shape), torch.randn(layer.weight.shape), torch.randn(8142)
             tangent = hg.HeadTangent(h, layer.weight, layer.bias, *dots)
-            _, classes, gradient = hg.head_hypergradient(
-                tangent, y, epsilon, head.class_covariance, head.log_prior, 0.5, 1.0
-            )
+            problem = hg.head_problem(tangent, y, True, True)
+            _, gradient = hg.head_hypergradient(problem, epsilon, head.class_covariance, head.log_prior, 0.5, 1.0)
+            classes = problem.classes
             put(head.class_covariance, classes, relative_step(take(head.class_covariance, classes), gradient, 1e-3))
     assert loss.isfinite() and memory.peak < 0.85e9
 
@@ -169,9 +169,8 @@ def test_double_backward_trains_the_same_network():
         features, split.head.weight, split.head.bias, dot, named["head.weight"], named["head.bias"]
     )
     epsilon = 5 * own.network(step_cost.characteristics_of(layer, h, logits, values["head.weight"], y))
-    for_epsilon, *_ = hg.head_hypergradient(
-        tangent, y, epsilon.detach(), layer.covariance, layer.log_prior, 0.5, 1.0, True, True
-    )
+    problem = hg.head_problem(tangent, y, True, True)
+    for_epsilon, _ = hg.head_hypergradient(problem, epsilon.detach(), layer.covariance, layer.log_prior, 0.5, 1.0)
     expected = torch.autograd.grad(-0.05 * (epsilon * for_epsilon).sum(), network)
 
     for name, contender in contenders.items():

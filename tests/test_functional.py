@@ -105,12 +105,13 @@ def test_the_low_rank_hypergradient_is_that_of_the_dense_covariance():
     covariance, (_, factor), dense = in_form("low_rank")
     layer = hg.HeadTangent(h, w, b, torch.randn_like(h), torch.randn_like(w), torch.randn_like(b))
     for fixed_shift in (True, False):
-        arguments = (layer, y, e), (p, 0.3, 0.7, fixed_shift, True)
-        for_epsilon, classes, found = hg.head_hypergradient(*arguments[0], covariance, *arguments[1])
-        expected_epsilon, _, gradient = hg.head_hypergradient(*arguments[0], dense.detach(), *arguments[1])
+        problem = hg.head_problem(layer, y, fixed_shift, True)
+        for_epsilon, found = hg.head_hypergradient(problem, e, covariance, p, 0.3, 0.7)
+        expected_epsilon, gradient = hg.head_hypergradient(problem, e, dense.detach(), p, 0.3, 0.7)
         torch.testing.assert_close(for_epsilon, expected_epsilon)
         torch.testing.assert_close(found.diagonal, gradient.diagonal(dim1=1, dim2=2))
-        torch.testing.assert_close(found.factor, gradient @ factor[classes].detach())
+        torch.testing.assert_close(found.factor, gradient @ factor[problem.classes].detach())
+        assert hg.head_hypergradient(problem, e, covariance, p, 0.0, 0.7)[1] is None
 
 
 def test_a_fixed_shift_changes_no_logit_and_trains_no_weight():

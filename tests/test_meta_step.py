@@ -198,15 +198,14 @@ def test_several_updates_from_one_meta_step():
         model = MLP()
         iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], **config)
         seen = []
-        original = iada.meta._learn
+        original = iada.meta._learn_once
 
-        def spy(layer, *arguments, seen=seen, original=original, iada=iada):
-            seen.append(
-                [t.clone() for t in (layer.features_dot, iada.meta.perturbation.output.weight, iada.head.covariance)]
-            )
-            return original(layer, *arguments)
+        def spy(problem, *arguments, seen=seen, original=original, iada=iada):
+            state = (problem.logits_dot, iada.meta.perturbation.output.weight, iada.head.covariance)
+            seen.append([t.clone() for t in state])
+            return original(problem, *arguments)
 
-        iada.meta._learn = spy
+        iada.meta._learn_once = spy
         fit(model, iada, optimizer, [vectors(), vectors(seed=2)])
         assert len(seen) == expected
         for (dot, omega, sigma), (next_dot, next_omega, next_sigma) in itertools.pairwise(seen):
