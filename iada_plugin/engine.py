@@ -128,9 +128,9 @@ class MetaIADA:
             self._restore_head()
             raise
         self.capture = Capture(self.model, self.head, compiled)
-        passes = Passes(self.capture, self.optimizer, parameters, self.meta_batches, config)
-        self.meta = self.step_type(passes, len(self.statistics.characteristics))
         try:
+            passes = Passes(self.capture, self.optimizer, parameters, self.meta_batches, config)
+            self.meta = self.step_type(passes, len(self.statistics.characteristics))
             passes.check_batch()
         except Exception:
             self.capture.remove()

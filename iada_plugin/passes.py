@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from . import hypergradient as hg
 from .batches import MetaBatches
 from .capture import Capture, Forward, isolated, seed_rng
-from .checks import REENTRANT, check_labels
+from .checks import check_labels
 from .config import IADAConfig
 from .distributed import weighted_average_
+from .virtual_step import VirtualStep, loss_gradient
 
 
 class Tangent(NamedTuple):
@@ -65,11 +66,12 @@ class Passes:
         batches: MetaBatches,
         config: IADAConfig,
     ) -> None:
-        self.capture, self.optimizer, self.parameters = capture, optimizer, parameters
-        self.batches, self.config, self.head = batches, config, capture.head
+        self.capture, self.parameters, self.batches = capture, parameters, batches
+        self.config, self.head = config, capture.head
         #: Running average of the meta gradient, one tensor a parameter; with ``meta_momentum``, from the first step on.
         self.average: list[Tensor] | None = None
         self._values = list(parameters.values())
+        self.virtual = VirtualStep(optimizer, self._values, config)
         self._ready: _Probe | None = None
         self._checked = False
         self._repeatable: bool | None = None
@@ -158,52 +160,10 @@ class Passes:
     def _virtual_step(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int) -> list[Tensor]:
         """Displacement of the parameters (Eq. 7)."""
         loss = train_loss(forward.features.detach() if self.head_only else forward.features)  # type: ignore[union-attr, arg-type]
-        move = _gradient(loss, self._values, forward.autocast_dtype, retain_graph=not self._releases_graph)
+        move = loss_gradient(loss, self._values, forward.autocast_dtype, retain_graph=not self._releases_graph)
         weighted_average_(move, n)
-        rates, _ = self._virtual_rates()
-        return self._scaled(move, [-r for r in rates])
-
-    def _scaled(self, direction: list[Tensor], rates: list[float]) -> list[Tensor]:
-        """Times the rates, and the optimizer's scaling, in place."""
-        torch._foreach_mul_(direction, rates)
-        if self.config.virtual_step == "adaptive":
-            torch._foreach_mul_(direction, self._adaptive_scaling())
-        return direction
-
-    def _virtual_rates(self) -> tuple[list[float], float]:
-        """eta_1 of each parameter, and the largest of them."""
-        if self.config.virtual_lr is not None:
-            return [self.config.virtual_lr] * len(self._values), self.config.virtual_lr
-        rate = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
-        rates = [rate.get(id(p), 0.0) for p in self._values]
-        if max(rates) > 0:
-            return rates, max(rates)
-        # A learning-rate warm-up that starts at zero: as good as no displacement, while the direction is plain v.
-        return [1e-12] * len(rates), 1e-12
-
-    def _adaptive_scaling(self) -> list[Tensor]:
-        """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v, for ``virtual_step="adaptive"``.
-
-        Raises:
-            ValueError: the optimizer keeps none.
-        """
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        scaling = []
-        for p in self._values:
-            state = self.optimizer.state.get(p, {})
-            if "exp_avg_sq" in state:
-                group = groups[id(p)]
-                correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float32)
-                second = state["exp_avg_sq"] / correction.to(p.device)
-                scaling.append(second.sqrt_().add_(group.get("eps", 1e-8)).reciprocal_())
-            else:
-                scaling.append(torch.ones_like(p))  # no gradient ever reached it
-        if not any("exp_avg_sq" in self.optimizer.state.get(p, {}) for p in self._values):
-            raise ValueError(
-                f"virtual_step='adaptive' needs an Adam-like optimizer, which keeps second moments ('exp_avg_sq');"
-                f" {type(self.optimizer).__name__} has none: use virtual_step='sgd'."
-            )
-        return scaling
+        rates, _ = self.virtual.rates()
+        return self.virtual.scale_(move, [-r for r in rates])
 
     # --------------------------------------------------------------------------------------------------- meta gradient
 
@@ -225,7 +185,7 @@ class Passes:
         check_labels(labels, forward.features.shape[0], self.head.out_features, always=not self._checked)  # type: ignore[union-attr]
         self._checked, labels = True, labels.long()
         loss = F.cross_entropy(self.head.iada_logits(forward.features, None, alpha=0, beta=0), labels)  # type: ignore[arg-type]
-        v = _gradient(loss, self._values, forward.autocast_dtype)
+        v = loss_gradient(loss, self._values, forward.autocast_dtype)
         loss = loss.detach().clone()
         weighted_average_([*v, loss], labels.numel())
         return loss, v
@@ -250,8 +210,8 @@ class Passes:
         """Go along the meta gradient, which is used up."""
         fine = self._average(meta_loss, v)
         # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
-        rates, eta = self._virtual_rates()
-        v = self._scaled(v, [r / eta for r in rates])
+        rates, eta = self.virtual.rates()
+        v = self.virtual.scale_(v, [r / eta for r in rates])
         own = {id(p): d for p, d in zip(self._values, v, strict=True)}
         probe = _Probe(step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)))
         with hg.full_precision(self.capture.device.type):
@@ -316,32 +276,3 @@ class Passes:
             )
         self._repeatable = torch.equal(again, features)
         return again
-
-
-def _gradient(
-    loss: Tensor, parameters: list[nn.Parameter], autocast_dtype: torch.dtype | None, retain_graph: bool = False
-) -> list[Tensor]:
-    """Gradient of ``loss``; zero for a parameter it does not reach."""
-    # Through a float16 graph small gradients vanish unless they are scaled up.
-    scale = 8192.0 if autocast_dtype == torch.float16 else 1.0
-    loss = loss * scale if scale != 1 else loss
-    found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
-    # Reentrant checkpointing hides the parameters inside it from autograd.grad: they would pass for unused.
-    if any(g is None for g in found) and _has_reentrant_checkpoint(loss):
-        raise ValueError(REENTRANT)
-    gradient = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
-    return gradient if scale == 1 else list(torch._foreach_div(gradient, scale))
-
-
-def _has_reentrant_checkpoint(loss: Tensor) -> bool:
-    """Whether the graph of ``loss`` holds a reentrant ``torch.utils.checkpoint``."""
-    seen, stack = set(), [loss.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if "CheckpointFunction" in node.name():
-            return True
-        seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
-    return False

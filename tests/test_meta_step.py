@@ -218,7 +218,7 @@ def test_the_meta_gradient_is_averaged_over_steps():
     iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.75, meta_lr=0.0)
     given, used = [], []
     passes = iada.meta.passes
-    original, scaled = passes._meta_gradient, passes._scaled
+    original, scaled = passes._meta_gradient, passes.virtual.scale_
 
     def gradient(*arguments):
         loss, v = original(*arguments)
@@ -230,7 +230,7 @@ def test_the_meta_gradient_is_averaged_over_steps():
             used.append([t.clone() for t in direction])
         return scaled(direction, rates)
 
-    passes._meta_gradient, passes._scaled = gradient, spy
+    passes._meta_gradient, passes.virtual.scale_ = gradient, spy
     fit(model, iada, optimizer, [vectors(seed=s) for s in range(4)])
     expected = given[0]
     for v, direction in zip(given, used, strict=True):
@@ -281,23 +281,23 @@ def test_adaptive_virtual_step():
         moved.update({n: p.detach().clone() for n, p in model.named_parameters()}) or original(*a)
     )
     given = {}
-    scaled = passes._scaled
+    scaled = passes.virtual.scale_
 
     def spy(direction, rates):
         if rates[0] < 0:  # the displacement
             given.update(zip(before, [g.clone() for g in direction], strict=True))
         return scaled(direction, rates)
 
-    passes._scaled = spy
+    passes.virtual.scale_ = spy
     iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
     for name, p in model.named_parameters():
         state = optimizer.state[p]
         scale = (state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8
         torch.testing.assert_close(moved[name], before[name] - 1e-2 * given[name] / scale)
     model = MLP()
-    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], virtual_step="adaptive")
     with pytest.raises(ValueError, match=r"virtual_step='adaptive' needs an Adam-like optimizer.*SGD has none"):
-        fit(model, iada, optimizer, [vectors()] * 2)
+        make(model, vectors(seed=1), counts=[3, 2, 1], virtual_step="adaptive")
+    assert type(model.fc) is torch.nn.Linear and not model._forward_pre_hooks and not model.fc._forward_hooks
 
 
 @pytest.mark.parametrize("schedule", ["lookahead", "online"])
