@@ -142,11 +142,11 @@ class MetaIADA:
         own = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
         self._ddp_ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", None)
         self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *own]  # type: ignore[assignment]
-        size = self.head.covariance.numel() * self.head.covariance.element_size() / 2**20
+        kept = [t for t in (self.head.covariance, self.head.covariance_factor) if t is not None]
         logger.info(
             "Meta-IADA on %s of %s: warm-up for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
             *(self.classifier_name, type(self.model).__name__, self.warmup_steps, config.meta_every),
-            *(list(self.head.covariance.shape), size),
+            *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
         )
 
     # ------------------------------------------------------------------------------------------------ the criterion

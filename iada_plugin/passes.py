@@ -41,6 +41,8 @@ class _Probe:
     eta: float
     weight_dot: Tensor | None
     bias_dot: Tensor | None
+    inputs: Forward | None = None
+    direction: list[Tensor] | None = None  # the scaled meta gradient; not kept where the average gives it again
     features: Tensor | None = None
     features_dot: Tensor | None = None
     displaced: Tensor | None = None  # features at parameters moved along the meta gradient
@@ -123,7 +125,11 @@ class Passes:
         """
         self.before(forward, step)
         probe, self._ready = self._ready, None
-        return self._complete(probe, forward)  # type: ignore[arg-type]
+        assert probe is not None
+        if probe.inputs is not forward:  # several training passes before the loss is taken, of the last one
+            with isolated(self.capture):
+                self._go_along(probe, forward)
+        return self._complete(probe, forward)
 
     def lookahead(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int, step: int) -> Tangent:
         """The meta gradient after a virtual step down ``train_loss`` (Eqs. 7 to 9).
@@ -207,22 +213,41 @@ class Passes:
     # -------------------------------------------------------------------------------------------------------- tangents
 
     def _probe(self, inputs: Forward, meta_loss: Tensor, v: list[Tensor], step: int) -> _Probe:
-        """Go along the meta gradient, which is used up."""
+        """Average the meta gradient, which is used up, and go along it."""
         fine = self._average(meta_loss, v)
-        # eta_1 is divided out: Omega's Adam and the relative step of Sigma do not depend on its size.
-        rates, eta = self.virtual.rates()
-        v = self.virtual.scale_(v, [r / eta for r in rates])
-        own = {id(p): d for p, d in zip(self._values, v, strict=True)}
+        _, eta = self.virtual.rates()
+        direction = self._direction(v)
+        own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
         probe = _Probe(step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)))
+        probe.direction = direction
+        self._go_along(probe, inputs)
+        if self.average is not None:
+            probe.direction = None
+        return probe
+
+    def _direction(self, v: list[Tensor]) -> list[Tensor]:
+        """The meta gradient as the virtual step sees it, in place; eta_1 is divided out: Omega's Adam and the relative step of
+        Sigma do not depend on its size."""
+        rates, eta = self.virtual.rates()
+        return self.virtual.scale_(v, [r / eta for r in rates])
+
+    def _go_along(self, probe: _Probe, inputs: Forward) -> None:
+        """The features' tangent along the meta gradient, as far as ``inputs`` tell it."""
+        probe.inputs = inputs
+        if self.head_only:
+            return
+        direction = probe.direction
+        if direction is None:
+            direction = self._direction([t.clone() for t in self.average])  # type: ignore[union-attr]
         with hg.full_precision(self.capture.device.type):
             if self.config.hypergradient == "forward":
                 at = lambda values: self._features(inputs, values)  # noqa: E731
-                probe.features, probe.features_dot = hg.forward_tangent(at, self.parameters, v)
-            elif not self.head_only:
-                probe.displaced, probe.distance = hg.displaced_features(lambda: self._features(inputs), self._values, v)
-                if not self._exact:
-                    probe.features = self._base(inputs)
-        return probe
+                probe.features, probe.features_dot = hg.forward_tangent(at, self.parameters, direction)
+                return
+            probe.displaced, probe.distance = hg.displaced_features(
+                lambda: self._features(inputs), self._values, direction
+            )
+            probe.features = None if self._exact else self._base(inputs)
 
     def _features(self, inputs: Forward, replaced: dict[str, Tensor] | None = None) -> Tensor:
         """Features ``[N, H]`` of the training batch in full precision, with the dropout masks of its pass."""

@@ -137,6 +137,32 @@ def test_the_online_pass_is_taken_once_and_at_the_parameters_of_its_step():
     assert iada.meta_batches.drawn == 1
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("mode", ["finite_difference", "forward", "head"])
+def test_online_with_several_passes_before_the_loss(mode, momentum):
+    """The loss is that of the last pass, and so is the tangent, whatever passes the pre-hook saw before."""
+    results = []
+    for others in ([], [vectors(seed=8)[0]], [vectors(n=5, seed=8)[0], vectors(seed=9)[0]]):
+        torch.manual_seed(0)
+        model = MLP().double()
+        x, y = vectors(seed=1)
+        iada, optimizer = make(model, (x.double(), y), counts=[1, 2, 3], schedule="online", hypergradient=mode,
+                               meta_momentum=momentum)  # fmt: skip
+        for s in range(4):
+            x, y = vectors(seed=s)
+            model.train()
+            for other in others:
+                model(other.double())
+            loss = iada(model(x.double()), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        results.append(iada.state_dict())
+    for state in results[1:]:
+        for key, value in results[0].items():
+            torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-12)
+
+
 def test_a_state_loaded_after_the_online_pass_takes_a_new_one():
     model = MLP()
     iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], schedule="online")
