@@ -100,6 +100,7 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.busy and module.training and torch.is_grad_enabled():
+            self._current = None  # a pass that nobody took
             forward = Forward(args, kwargs, rng=rng_state(self.device))
             self.before(forward)
             self._current = forward

@@ -23,6 +23,11 @@ def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool]:
             )
         compiled = compiled or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
         if isinstance(model, nn.parallel.DistributedDataParallel):
+            if model.static_graph:
+                raise ValueError(
+                    "DistributedDataParallel(static_graph=True) waits for its own outputs in the first step, which the loss of"
+                    " the features passes by: ranks would part silently. Leave static_graph out."
+                )
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -111,6 +116,9 @@ def check_labels(labels: Tensor, n: int, num_classes: int, *, always: bool) -> N
             )
 
 
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 def check_parameters(model: nn.Module, head: nn.Linear, config: IADAConfig) -> dict[str, nn.Parameter]:
     """The trainable parameters of the virtual step, by name: all of the model's, or the head's in mode "head".
 
@@ -127,6 +135,9 @@ def check_parameters(model: nn.Module, head: nn.Linear, config: IADAConfig) -> d
         raise ValueError(f"{what} has no trainable parameter (requires_grad): there is nothing to augment for.")
     if any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError("parameters are sharded (FSDP, DeepSpeed ZeRO-3): not supported yet; train with DDP.")
+    sparse = [n for n, m in model.named_modules() if getattr(m, "sparse", False) and isinstance(m, _EMBEDDINGS)]
+    if mode != "head" and sparse:
+        raise ValueError(f"{sparse[0]} has sparse gradients, which cannot be a displacement: use sparse=False.")
     coarse = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype not in RELATIVE_STEP}
     if mode == "finite_difference" and coarse:
         raise ValueError(

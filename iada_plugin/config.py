@@ -77,7 +77,8 @@ class IADAConfig:
     memory: str = _setting(
         "fast",
         "'fast': a lookahead step keeps the training pass's activations through the meta pass. 'low': they are released,"
-        " and the pass is repeated at the end. The model's output then has no graph of its own left, for a further loss say.",
+        " and the pass is repeated at the end. The model's output then has no graph of its own left, for a further loss say."
+        " (schedule='online' never holds two batches' activations, and does not need it.)",
     )
     virtual_step: str = _setting(
         "sgd",
@@ -127,18 +128,16 @@ class IADAConfig:
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1), such as 0.8 for 80 %")
         self._check("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "None or at least 0")
         self._check("statistics_epochs", self.statistics_epochs > 0, "positive")
-        self._check(
-            "meta_every", self.meta_every >= 1 and self.meta_every == int(self.meta_every), "a whole number >= 1"
-        )
-        for name in ("meta_batch_size", "meta_updates"):
-            count = getattr(self, name)
-            self._check(name, count is None or (count >= 1 and count == int(count)), "None or a whole number >= 1")
+        for name in ("meta_every", "covariance_rank", "meta_batch_size", "meta_updates"):
+            count, optional = getattr(self, name), name in _NUMBERS_OR_NONE
+            if not (optional and count is None):
+                wanted = "None or a whole number >= 1" if optional else "a whole number >= 1"
+                self._check(name, 1 <= count < math.inf and count == int(count), wanted)
+                setattr(self, name, int(count))
         self._check("meta_momentum", 0 <= self.meta_momentum < 1, "in [0, 1)")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
-        rank = self.covariance_rank
-        self._check("covariance_rank", rank >= 1 and rank == int(rank), "a whole number >= 1")
         if self.covariance == "low_rank" and self.covariance_step == "plain":
             raise ValueError(
                 "IADAConfig: covariance_step='plain' would leave the form of covariance='low_rank': use 'relative'."

@@ -136,7 +136,7 @@ def update_class_statistics(
         # Rows whose outer products, summed, are r S' + r (1-r) d d^T; zero rows fill classes up to the largest one.
         between = (rate * (1 - rate)).sqrt()[:, None] * difference
         scaled = centred * (rate / divisor).sqrt()[inverse][:, None]
-        slots = int(new.max()) if labels.device.type == "cpu" else labels.numel()
+        slots = int(inverse.bincount().max()) if labels.device.type == "cpu" else labels.numel()
         place = _place_in_class(inverse)
         step = max(1, CHUNK_ELEMENTS // ((slots + 1) * mean.shape[1]))
         for start in range(0, classes.numel(), step):

@@ -279,6 +279,7 @@ class MetaIADA:
             )
         self._closed = True
         self.meta.report_skipped()
+        self.meta.passes.forget()
         self.capture.remove()
         self._step_hook.remove()
         self._restore_head()

@@ -37,9 +37,9 @@ def displaced(parameters: Sequence[Tensor], displacement: Sequence[Tensor]) -> I
     """
     data = [p.data for p in parameters]
     saved = [d.clone() for d in data]
-    torch._foreach_add_(data, list(displacement))
-    del displacement  # may be the caller's last reference: one copy of the parameters less
     try:
+        torch._foreach_add_(data, list(displacement))
+        del displacement  # may be the caller's last reference: one copy of the parameters less
         yield
     finally:
         torch._foreach_copy_(data, saved)

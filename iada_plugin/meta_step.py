@@ -153,8 +153,9 @@ class MetaStep:
             problem, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta
         )
         fine = fine & torch.isfinite(for_epsilon).all()
-        if for_covariance is not None:
-            for values in for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,):
+        parts = for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,)
+        for values in parts:
+            if values is not None:
                 fine = fine & torch.isfinite(values).all()
         # d meta / d(eps, Sigma) is -eta times what was computed.
         with torch.enable_grad():
@@ -168,7 +169,8 @@ class MetaStep:
             else:
                 step = relative_step if config.covariance_step == "relative" else plain_step
                 scale = 1.0 if config.covariance_step == "relative" else eta
-                moved = torch.where(fine, step(own, -scale * for_covariance, config.covariance_lr), own)  # type: ignore[arg-type, operator]
+                down = torch.where(fine, -scale * for_covariance, 0)  # eigenvalues of a NaN are an error
+                moved = torch.where(fine, step(own, down, config.covariance_lr), own)  # type: ignore[arg-type, operator]
             put(head.class_covariance, problem.classes, moved)
         return fine
 

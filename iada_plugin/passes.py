@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import hypergradient as hg
 from .batches import MetaBatches
@@ -196,33 +197,33 @@ class Passes:
         weighted_average_([*v, loss], labels.numel())
         return loss, v
 
-    def _average(self, meta_loss: Tensor, v: list[Tensor]) -> Tensor:
-        """Put the running average of the meta gradients in the place of the last one; returns whether that was finite."""
+    def _averaged(self, meta_loss: Tensor, v: list[Tensor]) -> Tensor:
+        """Turn the last meta gradient into the running average, in place; returns whether it was finite (else it is left
+        out)."""
         fine = torch.isfinite(meta_loss) & torch.isfinite(torch.stack(torch._foreach_norm(v))).all()
-        momentum = self.config.meta_momentum
-        if momentum == 0:
-            return fine
-        if self.average is None:
-            self.average = [torch.where(fine, new, 0) for new in v]
-        else:
-            kept = [torch.where(fine, new, old) for new, old in zip(v, self.average, strict=True)]
-            torch._foreach_lerp_(self.average, kept, 1 - momentum)
-        torch._foreach_copy_(v, self.average)
+        if self.config.meta_momentum:
+            old = self.average or [torch.zeros_like(t) for t in v]
+            torch._foreach_copy_(v, [torch.where(fine, new, kept) for new, kept in zip(v, old, strict=True)])
+            if self.average is not None:
+                torch._foreach_lerp_(v, old, self.config.meta_momentum)
         return fine
 
     # -------------------------------------------------------------------------------------------------------- tangents
 
     def _probe(self, inputs: Forward, meta_loss: Tensor, v: list[Tensor], step: int) -> _Probe:
-        """Average the meta gradient, which is used up, and go along it."""
-        fine = self._average(meta_loss, v)
+        """Average the meta gradient ``v``, which is used up, and go along it."""
+        fine = self._averaged(meta_loss, v)
         _, eta = self.virtual.rates()
-        direction = self._direction(v)
+        averaging = self.config.meta_momentum > 0
+        direction = self._direction([t.clone() for t in v] if averaging else v)
         own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
-        probe = _Probe(step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)))
-        probe.direction = direction
+        probe = _Probe(
+            step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)), inputs, direction
+        )
         self._go_along(probe, inputs)
-        if self.average is not None:
-            probe.direction = None
+        if averaging:
+            # Only now: an error above leaves the average as it was. It gives the direction again where that is needed.
+            self.average, probe.direction = v, None
         return probe
 
     def _direction(self, v: list[Tensor]) -> list[Tensor]:
@@ -247,14 +248,24 @@ class Passes:
             probe.displaced, probe.distance = hg.displaced_features(
                 lambda: self._features(inputs), self._values, direction
             )
-            probe.features = None if self._exact else self._base(inputs)
+            # In the first step too, to see whether a pass can be repeated.
+            known = self._exact and self._repeatable is not None
+            probe.features = None if known else self._base(inputs)
 
     def _features(self, inputs: Forward, replaced: dict[str, Tensor] | None = None) -> Tensor:
         """Features ``[N, H]`` of the training batch in full precision, with the dropout masks of its pass."""
         cast = None if self.config.hypergradient == "forward" else self.head.covariance.dtype
+        leaves = tree_leaves((inputs.args, inputs.kwargs))
+        tensors = [t for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
+        versions = [t._version for t in tensors]
         found = self.capture.features_of(
             inputs.args, inputs.kwargs, rng=inputs.rng, replaced=replaced, cast=cast, autocast=False
         )
+        if [t._version for t in tensors] != versions:
+            raise RuntimeError(
+                f"{type(self.capture.model).__name__} changes its input in place, so that a repeated pass sees another one."
+                " Work on a copy in its forward, or use IADAConfig(hypergradient='head')."
+            )
         return found.features  # type: ignore[return-value]
 
     @torch.no_grad()
@@ -270,7 +281,7 @@ class Passes:
         elif probe.displaced is not None:
             base = probe.features
             if self._repeatable is None:
-                base = self._check_repeatable(forward, features, probe.displaced)
+                self._check_repeatable(features, base, probe.displaced)  # type: ignore[arg-type]
             self._exact = bool(self._repeatable) and forward.exact and features.dtype == probe.displaced.dtype
             if base is None and not self._exact:
                 with isolated(self.capture), hg.full_precision(features.device.type):
@@ -281,17 +292,18 @@ class Passes:
             features = probe.features
         return Tangent(features, dot, probe.weight_dot, probe.bias_dot, probe.meta_loss, probe.fine, probe.eta)  # type: ignore[arg-type]
 
-    def _check_repeatable(self, forward: Forward, features: Tensor, displaced: Tensor) -> Tensor:
-        """Once: repeat the training pass, and see that the displaced one is close to it. Bit-equal features may serve as the base of the difference; features that are
-        equal to rounding only (compiled code, say) may not; others mean that the difference would be noise.
+    def _check_repeatable(self, features: Tensor, again: Tensor, displaced: Tensor) -> None:
+        """Once: compare the training pass with its repetition, and with the displaced pass. Bit-equal features may serve as
+        the base of the difference; features that are equal to rounding only (compiled code, say) may not; others mean that
+        the difference would be noise.
 
         Raises:
             RuntimeError: the pass cannot be repeated.
         """
-        with isolated(self.capture), hg.full_precision(features.device.type):
-            again = self._base(forward)
         size = features.float().norm().clamp_min(1e-6)
         error = torch.maximum(*((other - features).float().norm() / size for other in (again, displaced)))
+        if not bool(torch.isfinite(error)):
+            return  # nothing can be told from this batch
         if bool(error > 0.2):
             raise RuntimeError(
                 f"{type(self.capture.model).__name__}: the same pass, repeated with the same random state, gives features"
@@ -300,4 +312,3 @@ class Passes:
                 " IADAConfig(hypergradient='head')."
             )
         self._repeatable = torch.equal(again, features)
-        return again

@@ -46,9 +46,14 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     later = ("meta_optimizer.", "meta_gradient.")
     own = {k: v for k, v in collect(engine).items() if not k.startswith(later)}
     adam, average = (_with_prefix(state, prefix) for prefix in later)
-    given = {k: v for k, v in state.items() if not k.startswith("meta_optimizer.")}
+    given = dict(state)
+    parameters, kept = engine.meta.passes.parameters, engine.config.meta_momentum > 0
     if average:
-        own |= {f"meta_gradient.{k}": p for k, p in engine.meta.passes.parameters.items()}
+        own |= {f"meta_gradient.{k}": p for k, p in parameters.items()}
+    if adam:
+        for index, p in enumerate(engine.meta.perturbation.parameters()):
+            shapes = {"exp_avg": p, "exp_avg_sq": p, "step": torch.zeros(())}
+            own |= {f"meta_optimizer.{index}.{k}": t for k, t in shapes.items()}
     problems = [f"{k} is missing" for k in own if k not in given]
     problems += [f"{k} is unknown" for k in given if k not in own]
     problems += [
@@ -63,7 +68,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in adam.items():
         index, name = key.split(".")
-        entries.setdefault(int(index), {})[name] = value
+        entries.setdefault(int(index), {})[name] = value.clone()
     groups = engine.meta.meta_optimizer.state_dict()["param_groups"]
     engine.meta.meta_optimizer.load_state_dict({"state": entries, "param_groups": groups})
     engine.statistics.means.load_state_dict(_with_prefix(given, "means."))
@@ -75,7 +80,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     engine.statistics.reset(bool(prior_known))
     engine.meta.passes.forget()
     engine.meta.passes.average = (
-        [average[k].to(p) for k, p in engine.meta.passes.parameters.items()] if average else None
+        [average[k].to(p, copy=True) for k, p in parameters.items()] if average and kept else None
     )
     engine.meta_batches.skip_to(drawn)
 

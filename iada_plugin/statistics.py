@@ -131,7 +131,8 @@ class Statistics:
             return
         _, features, f, loss, margin = columns
         # A NaN or Inf must not stay in a running average. (Weights, because picking rows would wait for the device.)
-        good = (torch.isfinite(features).all(dim=1) & torch.isfinite(f).all(dim=1)).to(f.dtype)
+        rows = torch.cat([features, f, loss[:, None], margin[:, None]], dim=1)
+        good = torch.isfinite(rows).all(dim=1).to(f.dtype)
         self.head.update_statistics(features, labels, means_only=not in_warmup, weight=good)
         self.means.update(loss, margin, labels, good)
         f_moments.update_moments(f, good)

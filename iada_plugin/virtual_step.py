@@ -18,19 +18,19 @@ class VirtualStep:
         config: settings.
 
     Raises:
-        ValueError: ``virtual_step="adaptive"`` with an optimizer that has no second moments.
+        ValueError: ``virtual_step="adaptive"`` with an optimizer that does not keep second moments as Adam does.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], config: IADAConfig) -> None:
         self.optimizer, self.parameters, self.config = optimizer, parameters, config
-        self._check(config.virtual_step != "adaptive" or any("betas" in group for group in optimizer.param_groups))
+        if config.virtual_step == "adaptive" and any(len(g.get("betas", ())) != 2 for g in optimizer.param_groups):
+            raise self._not_adam()
 
-    def _check(self, adaptive: bool) -> None:
-        if not adaptive:
-            raise ValueError(
-                "virtual_step='adaptive' needs an Adam-like optimizer, which keeps second moments ('exp_avg_sq');"
-                f" {type(self.optimizer).__name__} has none: use virtual_step='sgd'."
-            )
+    def _not_adam(self) -> ValueError:
+        return ValueError(
+            "virtual_step='adaptive' needs an Adam-like optimizer, which keeps second moments ('exp_avg_sq' and 'step');"
+            f" {type(self.optimizer).__name__} has none: use virtual_step='sgd'."
+        )
 
     def rates(self) -> tuple[list[float], float]:
         """eta_1 of each parameter, and the largest of them."""
@@ -46,24 +46,27 @@ class VirtualStep:
     def scale_(self, direction: list[Tensor], rates: list[float]) -> list[Tensor]:
         """Times the rates, and the optimizer's scaling, in place."""
         torch._foreach_mul_(direction, rates)
-        if self.config.virtual_step == "adaptive":
-            torch._foreach_mul_(direction, self._second_moments())
+        if self.config.virtual_step == "adaptive" and self.optimizer.state:  # it is empty before the first step
+            torch._foreach_mul_(direction, self._scaling())
         return direction
 
-    def _second_moments(self) -> list[Tensor]:
-        """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v, for ``virtual_step="adaptive"``."""
-        self._check(any("exp_avg_sq" in self.optimizer.state.get(p, {}) for p in self.parameters))
+    def _scaling(self) -> list[Tensor]:
+        """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v (of amsgrad their maximum). Zero where v is zero: an
+        entry that no gradient has reached yet, a rare word's say, would outweigh all others a millionfold."""
         groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         scaling = []
         for p in self.parameters:
-            state = self.optimizer.state.get(p, {})
-            if "exp_avg_sq" in state:
-                group = groups[id(p)]
-                correction = 1 - group["betas"][1] ** torch.as_tensor(state["step"], dtype=torch.float32)
-                second = state["exp_avg_sq"] / correction.to(p.device)
-                scaling.append(second.sqrt_().add_(group.get("eps", 1e-8)).reciprocal_())
-            else:
-                scaling.append(torch.ones_like(p))  # no gradient ever reached it
+            state, group = self.optimizer.state.get(p), groups.get(id(p))
+            if not state or group is None:
+                scaling.append(torch.zeros_like(p))
+                continue
+            second, step = state.get("max_exp_avg_sq", state.get("exp_avg_sq")), state.get("step", group.get("step"))
+            if second is None or step is None:
+                raise self._not_adam()
+            if isinstance(step, Tensor) and step.device.type == "cpu":
+                step = float(step)
+            root = (second / (1 - group["betas"][1] ** step)).sqrt_()
+            scaling.append(torch.where(root > 0, 1 / (root + group.get("eps", 1e-8)), 0))
         return scaling
 
 

@@ -45,6 +45,10 @@ def train(rank, world, variant, folder):
     state = {**iada.state_dict(), **{f"model.{k}": v for k, v in model.state_dict().items()}}
     torch.save(state, f"{folder}/{variant}-{world}-{rank}.pt")
     if world > 1:
+        with pytest.raises(ValueError, match="static_graph"):
+            MetaIADA(
+                DistributedDataParallel(MLP(), static_graph=True), optimizer, meta_loader=[meta], steps_per_epoch=2
+            )
         average = [torch.tensor([float(rank)]), torch.tensor([[2.0 * rank]])]
         weighted_average_(average, weight=1.0 + 2 * rank)
         assert torch.cat([a.flatten() for a in average]).tolist() == [0.75, 1.5]

@@ -6,7 +6,14 @@ from oracles import naive_logits, naive_variance_term
 from iada_plugin import IADAHead
 from iada_plugin import functional as IF
 from iada_plugin import hypergradient as hg
-from iada_plugin.covariance import LowRank, plain_step, relative_step, update_class_statistics, variances
+from iada_plugin.covariance import (
+    LowRank,
+    padded_classes,
+    plain_step,
+    relative_step,
+    update_class_statistics,
+    variances,
+)
 
 
 def data(n=7, c=5, h=6, full=True, dtype=torch.float64):
@@ -317,3 +324,23 @@ def test_low_rank_step():
     assert relative_step(covariance, given, 0.9).diagonal.min() >= 0
     unmoved = relative_step(covariance, LowRank(*(0 * t for t in given)), 0.1)
     assert torch.equal(unmoved.diagonal, diagonal) and torch.equal(unmoved.factor, factor)
+
+
+@pytest.mark.parametrize("kind", ["full", "diagonal", "low_rank"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_samples_that_do_not_count_take_no_place(kind, padded, monkeypatch):
+    """Non-finite ones first in the largest class, whose other samples must all count."""
+    if padded:
+        monkeypatch.setattr("iada_plugin.covariance.present_classes", padded_classes)
+    h, y = torch.randn(9, 6, dtype=torch.float64), torch.tensor([2, 2, 2, 2, 0, 2, 2, 0, 2])
+    weight = torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1.0])
+    found = []
+    for rows, weights in ((h.index_fill(0, torch.tensor([0, 1, 6]), float("inf")), weight), (h[weight > 0], None)):
+        labels = y if weights is not None else y[weight > 0]
+        covariance = in_form(kind)[0]
+        covariance = LowRank(*(0 * t.detach() for t in covariance)) if kind == "low_rank" else 0 * covariance.detach()
+        count, mean = torch.zeros(5, dtype=torch.float64), torch.zeros(5, 6, dtype=torch.float64)
+        update_class_statistics(count, mean, covariance, rows, labels, weights)
+        found.append((count, mean, variances(covariance)))
+    torch.testing.assert_close(*found)
+    assert found[0][2][2].sum() > 1

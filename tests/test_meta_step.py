@@ -427,3 +427,172 @@ def test_padded_classes_train_the_same(covariance, monkeypatch):
     for key, value in results[0].items():
         if key != "head.covariance_factor":  # unique up to the signs of its columns
             torch.testing.assert_close(results[1][key], value, rtol=1e-8, atol=1e-10)
+
+
+# ------------------------------------------------------------------------------------------------- what once went wrong
+
+
+class Bag(torch.nn.Module):
+    def __init__(self, sparse=False):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(50, 8, sparse=sparse)
+        self.body = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh())
+        self.fc = torch.nn.Linear(16, 3)
+
+    def forward(self, ids):
+        return self.fc(self.body(self.embedding(ids).mean(1)))
+
+
+def test_adaptive_with_words_that_were_never_trained():
+    """Their second moment is zero: scaled by 1e8 they would drown the tangent in rounding."""
+    tangents = []
+    for mode in ("finite_difference", "forward"):
+        torch.manual_seed(0)
+        model = Bag()
+        generator = torch.Generator().manual_seed(1)
+        x, meta = (torch.randint(low, low + 30, (12, 6), generator=generator) for low in (0, 20))
+        y = torch.arange(12) % 3
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        iada, _ = make(
+            model, (meta, y), counts=[1, 1, 1], optimizer=optimizer, virtual_step="adaptive", hypergradient=mode
+        )
+        complete = iada.meta.passes._complete
+        iada.meta.passes._complete = lambda *a, complete=complete: tangents.append(complete(*a)) or tangents[-1]
+        fit(model, iada, optimizer, [(x, y)] * 2)
+    found, exact = (t.features_dot for t in tangents)
+    assert (found - exact).norm() < 2e-2 * exact.norm()
+
+
+def test_adaptive_follows_amsgrad_and_refuses_what_is_not_adam():
+    model = MLP()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
+    iada, _ = make(model, vectors(), counts=[1, 1, 1], optimizer=optimizer, virtual_step="adaptive")
+    fit(model, iada, optimizer, [vectors()])
+    for p, scaling in zip(model.parameters(), iada.meta.passes.virtual._scaling(), strict=True):
+        optimizer.state[p]["max_exp_avg_sq"] *= 4
+        again = iada.meta.passes.virtual._scaling()[[q is p for q in model.parameters()].index(True)]
+        torch.testing.assert_close(again, scaling / 2, rtol=1e-3, atol=0)
+    # No step yet: nothing to scale by, which is no error.
+    model = MLP()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    iada, _ = make(
+        model, vectors(), counts=[1, 1, 1], optimizer=optimizer, warmup=0, alpha=0.0, virtual_step="adaptive"
+    )
+    fit(model, iada, optimizer, [vectors()] * 2)
+    assert iada.meta_batches.drawn == 2
+
+    class Odd(torch.optim.SGD):
+        def __init__(self, parameters):
+            super().__init__(parameters, lr=0.1, momentum=0.9)
+            self.param_groups[0]["betas"] = (0.9, 0.99)
+
+    model = MLP()
+    iada, optimizer = make(
+        model, vectors(), counts=[1, 1, 1], optimizer=Odd(model.parameters()), virtual_step="adaptive"
+    )
+    with pytest.raises(ValueError, match=r"'exp_avg_sq' and 'step'\); Odd has none"):
+        fit(model, iada, optimizer, [vectors()] * 2)
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+@pytest.mark.parametrize("covariance_step", ["plain", "relative"])
+def test_a_training_batch_that_is_not_finite_is_not_learned_from(schedule, covariance_step):
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], schedule=schedule, covariance_step=covariance_step)
+    fit(model, iada, optimizer, [vectors(), vectors(seed=2)])
+    before = iada.state_dict()
+    x, y = vectors(seed=3)
+    x[0] = float("nan")
+    model.train()
+    with pytest.warns(UserWarning, match="not finite"):
+        iada(model(x), y)
+    after = iada.state_dict()
+    for key in ("head.covariance", "perturbation.output.weight", "meta_optimizer.0.exp_avg"):
+        assert torch.equal(before[key], after[key]), key
+
+
+def test_a_loaded_state_is_a_copy():
+    model = MLP()
+    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1])
+    fit(model, iada, optimizer, [vectors()] * 3)
+    state = iada.state_dict()
+    kept = {k: v.clone() for k, v in state.items()}
+    iada.load_state_dict(state)
+    fit(model, iada, optimizer, [vectors(seed=2)] * 2)
+    assert all(torch.equal(kept[k], state[k]) for k in kept)
+    broken = {k: v for k, v in state.items() if k != "meta_optimizer.1.exp_avg"}
+    with pytest.raises(ValueError, match=r"meta_optimizer.1.exp_avg is missing"):
+        iada.load_state_dict(broken)
+    iada.close()
+    plain, _ = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.0)
+    plain.load_state_dict(state)
+    assert not any(k.startswith("meta_gradient") for k in plain.state_dict())
+
+
+def test_an_error_in_the_difference_pass_leaves_the_average(monkeypatch):
+    for schedule in ("online", "lookahead"):
+        model = MLP()
+        iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], schedule=schedule)
+        fit(model, iada, optimizer, [vectors()] * 3)
+        weights = {k: v.clone() for k, v in model.state_dict().items()}
+        average = [t.clone() for t in iada.meta.passes.average]
+        with monkeypatch.context() as patch:
+            patch.setattr(iada.meta.passes, "_features", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
+        assert all(torch.equal(a, b) for a, b in zip(average, iada.meta.passes.average, strict=True))
+        assert all(torch.equal(v, model.state_dict()[k]) for k, v in weights.items())
+        fit(model, iada, optimizer, [vectors(seed=5)])
+        assert iada.meta.skipped == 0
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+@pytest.mark.parametrize("mode", ["finite_difference", "forward"])
+def test_a_model_that_changes_its_input_is_refused(schedule, mode):
+    class InPlace(MLP):
+        def forward(self, x):
+            x.mul_(0.9)
+            return super().forward(x)
+
+    model = InPlace()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], schedule=schedule, hypergradient=mode)
+    with pytest.raises(RuntimeError, match="changes its input in place"):
+        fit(model, iada, optimizer, [vectors()] * 2)
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+def test_buffers_that_matter_in_training(schedule):
+    """A model that reads a buffer which every pass moves: both ends of a difference start from the same value."""
+
+    class Moving(MLP):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("gain", torch.ones(()))
+
+        def forward(self, x):
+            h = self.body(x) * self.gain
+            self.gain.add_(0.3)
+            return self.fc(h)
+
+    tangents = {}
+    for mode in ("finite_difference", "forward"):
+        torch.manual_seed(0)
+        model = Moving().double()
+        x, y = vectors(seed=1)
+        iada, optimizer = make(model, (x.double(), y), counts=[1, 1, 1], schedule=schedule, hypergradient=mode)
+        seen = tangents.setdefault(mode, [])
+        complete = iada.meta.passes._complete
+        iada.meta.passes._complete = lambda *a, c=complete, seen=seen: seen.append(c(*a)) or seen[-1]
+        fit(model, iada, optimizer, [(vectors(seed=s)[0].double(), y) for s in range(4)])
+        torch.testing.assert_close(model.gain.item(), 1 + 4 * 0.3)
+    for found, exact in zip(*tangents.values(), strict=True):
+        assert (found.features_dot - exact.features_dot).norm() < 1e-3 * exact.features_dot.norm()
+
+
+def test_refused_at_the_start():
+    model = Bag(sparse=True)
+    ids = torch.randint(0, 50, (6, 4))
+    with pytest.raises(ValueError, match=r"embedding has sparse gradients.*sparse=False"):
+        make(model, (ids, torch.arange(6) % 3))
+    assert IADAConfig(meta_every=2.0, meta_updates=3.0, covariance_rank=4.0).meta_every == 2
+    assert isinstance(IADAConfig(meta_updates=3.0).meta_updates, int)
