@@ -570,7 +570,7 @@ def test_buffers_that_matter_in_training(schedule):
             self.register_buffer("gain", torch.ones(()))
 
         def forward(self, x):
-            h = self.body(x) * self.gain
+            h = self.body(x) * self.gain.clone()
             self.gain.add_(0.3)
             return self.fc(h)
 
