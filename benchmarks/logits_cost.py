@@ -98,7 +98,7 @@ def main() -> None:
     for n, c, hidden in SIZES:
         p = problem(n, c, hidden, args.device)
         runs = forms(p, args.rank, args.limit)
-        times = interleaved(runs, args.repetitions, args.device)
+        times = interleaved(runs, args.repetitions, args.device, warm=True)
         peaks = {}
         for name, run in runs.items():
             with PeakMemory(args.device) as memory:

@@ -79,7 +79,7 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     trim, top_pad, mmap_threshold = -1, -2, -3
-    return all([mallopt(mmap_threshold, 2**30), mallopt(trim, 2**31 - 1), mallopt(top_pad, 2**28)])
+    return all([mallopt(mmap_threshold, 2**30), mallopt(trim, -1), mallopt(top_pad, 2**28)])
 
 
 def seconds(run: Callable[[], Any], device: str) -> float:
@@ -93,12 +93,17 @@ def seconds(run: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(runs: dict[str, Callable[[], Any]], repetitions: int, device: str) -> dict[str, list[float]]:
+def interleaved(
+    runs: dict[str, Callable[[], Any]], repetitions: int, device: str, warm: bool = False
+) -> dict[str, list[float]]:
     """Seconds of every call, taken in turns, so that a busy moment of the machine meets all of them; one round is
-    thrown away. What a run allocates is released before the next one."""
+    thrown away. ``warm``: each call is made once more just before, so that it does not pay for what the one before it left
+    in the caches."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repetitions + 1):
         for name, run in runs.items():
+            if warm:
+                run()
             taken = seconds(run, device)
             if round_:
                 found[name].append(taken)

@@ -5,7 +5,7 @@
     python benchmarks/step_cost.py --render benchmarks/results/step_cost_cpu.json    # table and plot from what is there
 
 Every row is a whole training step (or a cycle of K steps) on synthetic batches: CIFAR's ResNet-32, 64 images, and a small
-DistilBERT, 16 x 64 tokens, on a CPU; ResNet-50, 128 images of 224 pixels, and DistilBERT-base, 32 x 128 tokens, on a GPU.
+DistilBERT, 16 x 128 tokens, on a CPU; ResNet-50, 128 images of 224 pixels, and DistilBERT-base, 32 x 128 tokens, on a GPU.
 All settings run in turns; ratios are to the plain cross-entropy step of the same round, medians over rounds. Memory is the
 peak of everything allocated: parameters, optimizer, activations and temporaries. Passes are counted by hooks on the first
 layer, in units of a batch of N. The error of the hypergradient (of epsilon) is against the exact one, in float64, of the
@@ -114,7 +114,7 @@ _SMALL = {
 WORKLOADS = {
     "cpu": {
         "ResNet-32": Workload(lambda _: create_network("resnet32", 10), _images(32), 64, 10, adam=False),
-        "DistilBERT, small": Workload(lambda p: Texts(p, **_SMALL), _tokens(64, 8000), 16, 2, adam=True),
+        "DistilBERT, small": Workload(lambda p: Texts(p, **_SMALL), _tokens(128, 8000), 16, 2, adam=True),
     },
     "gpu": {
         "ResNet-50": Workload(lambda _: create_network("resnet50", 1000), _images(224), 128, 1000, adam=False),

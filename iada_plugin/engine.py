@@ -38,10 +38,11 @@ class MetaIADA:
     """Meta-IADA as a training criterion (Zhou et al., IJCAI 2024; Algorithm 1).
 
     Called as ``loss = iada(model(input), target)``. In warm-up it is the cross-entropy, with the class prior added to the
-    logits unless ``prior_in_warmup`` is off (Logit Adjustment). Afterwards the call performs the
-    meta step (Eqs. 7 to 9: virtual step, perturbation network, class covariances) and returns the IADA loss, whose
-    backward pass and optimizer step are the caller's (Eq. 10). The meta step is taken once per optimizer step, on the
-    first micro-batch where gradients are accumulated. Optimizer steps are counted by a hook on the optimizer.
+    logits unless ``prior_in_warmup`` is off (Logit Adjustment). Afterwards it is the IADA loss, whose backward pass and
+    optimizer step are the caller's (Eq. 10), after a meta step where one is due (Eqs. 7 to 9: virtual step, perturbation
+    network, class covariances). With ``schedule="online"`` the meta step's passes run inside ``model(input)``, before the
+    training pass. A meta step uses the first micro-batch where gradients are accumulated. Optimizer steps are counted by a
+    hook on the optimizer.
 
     With ``model.eval()`` or under ``torch.no_grad()`` the call is the plain cross-entropy and changes nothing: a
     validation loss.

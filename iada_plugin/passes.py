@@ -203,7 +203,8 @@ class Passes:
         fine = torch.isfinite(meta_loss) & torch.isfinite(torch.stack(torch._foreach_norm(v))).all()
         if self.config.meta_momentum:
             old = self.average or [torch.zeros_like(t) for t in v]
-            torch._foreach_copy_(v, [torch.where(fine, new, kept) for new, kept in zip(v, old, strict=True)])
+            if fine.device.type != "cpu" or not bool(fine):  # on a CPU looking costs nothing, and saves the copies
+                torch._foreach_copy_(v, [torch.where(fine, new, kept) for new, kept in zip(v, old, strict=True)])
             if self.average is not None:
                 torch._foreach_lerp_(v, old, self.config.meta_momentum)
         return fine
@@ -215,7 +216,7 @@ class Passes:
         fine = self._averaged(meta_loss, v)
         _, eta = self.virtual.rates()
         averaging = self.config.meta_momentum > 0
-        direction = self._direction([t.clone() for t in v] if averaging else v)
+        direction = self._direction(v)
         own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
         probe = _Probe(
             step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)), inputs, direction
@@ -227,10 +228,12 @@ class Passes:
         return probe
 
     def _direction(self, v: list[Tensor]) -> list[Tensor]:
-        """The meta gradient as the virtual step sees it, in place; eta_1 is divided out: Omega's Adam and the relative step of
-        Sigma do not depend on its size."""
+        """The meta gradient as the virtual step sees it; eta_1 is divided out: Omega's Adam and the relative step of Sigma do
+        not depend on its size."""
         rates, eta = self.virtual.rates()
-        return self.virtual.scale_(v, [r / eta for r in rates])
+        if self.config.virtual_step == "sgd" and all(r == eta for r in rates):
+            return v
+        return self.virtual.scale_([t.clone() for t in v], [r / eta for r in rates])
 
     def _go_along(self, probe: _Probe, inputs: Forward) -> None:
         """The features' tangent along the meta gradient, as far as ``inputs`` tell it."""
@@ -239,7 +242,7 @@ class Passes:
             return
         direction = probe.direction
         if direction is None:
-            direction = self._direction([t.clone() for t in self.average])  # type: ignore[union-attr]
+            direction = self._direction(self.average)  # type: ignore[arg-type]
         with hg.full_precision(self.capture.device.type):
             if self.config.hypergradient == "forward":
                 at = lambda values: self._features(inputs, values)  # noqa: E731
