@@ -32,22 +32,22 @@ class IADAConfig:
     statistics_epochs: float = _setting(
         1.0, "Class statistics are collected over this many epochs before the warm-up ends."
     )
-    meta_every: int = _setting(5, "K: a meta step every so many optimizer steps. The paper: 1.")
+    meta_every: int = _setting(1, "K: a meta step every so many optimizer steps.")
     meta_updates: int | None = _setting(
         None,
         "Updates of Omega and Sigma from the passes of one meta step (default: meta_every, so that sparser meta steps"
         " learn as much).",
     )
-    meta_momentum: float = _setting(
-        0.8,
-        "Decay of a running average of the meta gradient over meta steps, in the place of the last one: as good as a"
+    meta_momentum: float | None = _setting(
+        None,
+        "Decay of a running average of the meta gradient over meta steps, in the place of the last one: about as good as a"
         " meta batch 1 / (1 - meta_momentum) times as large, for one more copy of the parameters (in checkpoints too)."
-        " 0: none, as the paper.",
+        " Default: 0.8 with schedule='online', 0 (none, as the paper) with 'lookahead'.",
     )
     meta_batch_size: int | None = _setting(
         None,
-        "M: meta samples per meta step, over all processes (Trainer only; default: a quarter of the training samples, at"
-        " least 16; with schedule='lookahead' as many, as the paper).",
+        "M: meta samples per meta step, over all processes (Trainer only; default: as many as training samples; with"
+        " schedule='online' a quarter, at least 16).",
     )
     meta_lr: float = _setting(1e-3, "Adam learning rate of the perturbation network Omega (iNaturalist: 1e-4).")
     covariance_lr: float = _setting(
@@ -70,9 +70,9 @@ class IADAConfig:
         " layer only: cheapest, an approximation).",
     )
     schedule: str = _setting(
-        "online",
-        "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, half as"
-        " dear, an approximation that is poor on an untrained network.",
+        "lookahead",
+        "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, cheaper, an"
+        " approximation that is poor on an untrained network.",
     )
     memory: str = _setting(
         "fast",
@@ -134,7 +134,7 @@ class IADAConfig:
                 wanted = "None or a whole number >= 1" if optional else "a whole number >= 1"
                 self._check(name, 1 <= count < math.inf and count == int(count), wanted)
                 setattr(self, name, int(count))
-        self._check("meta_momentum", 0 <= self.meta_momentum < 1, "in [0, 1)")
+        self._check("meta_momentum", self.meta_momentum is None or 0 <= self.meta_momentum < 1, "None or in [0, 1)")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
@@ -153,6 +153,13 @@ class IADAConfig:
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"IADAConfig: {name}={value!r} must be {wanted}.")
 
+    @property
+    def momentum(self) -> float:
+        """``meta_momentum``, or its default for the schedule."""
+        if self.meta_momentum is not None:
+            return self.meta_momentum
+        return 0.8 if self.schedule == "online" else 0.0
+
     def meta_batch(self, train_batch: int) -> int:
         """Meta samples per meta step for so many training samples."""
         share = 1 if self.schedule == "lookahead" else 4
@@ -163,7 +170,7 @@ class IADAConfig:
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
 
 
-_NUMBERS_OR_NONE = ("warmup_epochs", "meta_updates", "meta_batch_size", "virtual_lr")
+_NUMBERS_OR_NONE = ("warmup_epochs", "meta_updates", "meta_momentum", "meta_batch_size", "virtual_lr")
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
     "covariance": ("auto", "full", "diagonal", "low_rank"),

@@ -201,12 +201,12 @@ class Passes:
         """Turn the last meta gradient into the running average, in place; returns whether it was finite (else it is left
         out)."""
         fine = torch.isfinite(meta_loss) & torch.isfinite(torch.stack(torch._foreach_norm(v))).all()
-        if self.config.meta_momentum:
+        if self.config.momentum:
             old = self.average or [torch.zeros_like(t) for t in v]
             if fine.device.type != "cpu" or not bool(fine):  # on a CPU looking costs nothing, and saves the copies
                 torch._foreach_copy_(v, [torch.where(fine, new, kept) for new, kept in zip(v, old, strict=True)])
             if self.average is not None:
-                torch._foreach_lerp_(v, old, self.config.meta_momentum)
+                torch._foreach_lerp_(v, old, self.config.momentum)
         return fine
 
     # -------------------------------------------------------------------------------------------------------- tangents
@@ -215,7 +215,7 @@ class Passes:
         """Average the meta gradient ``v``, which is used up, and go along it."""
         fine = self._averaged(meta_loss, v)
         _, eta = self.virtual.rates()
-        averaging = self.config.meta_momentum > 0
+        averaging = self.config.momentum > 0
         direction = self._direction(v)
         own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
         probe = _Probe(

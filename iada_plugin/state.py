@@ -47,7 +47,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     own = {k: v for k, v in collect(engine).items() if not k.startswith(later)}
     adam, average = (_with_prefix(state, prefix) for prefix in later)
     given = dict(state)
-    parameters, kept = engine.meta.passes.parameters, engine.config.meta_momentum > 0
+    parameters, kept = engine.meta.passes.parameters, engine.config.momentum > 0
     if average:
         own |= {f"meta_gradient.{k}": p for k, p in parameters.items()}
     if adam:

@@ -3,9 +3,6 @@
 import torch
 from torch import nn
 
-#: The paper's meta step, in every optimizer step: most tests look at one step.
-EVERY_STEP = {"schedule": "lookahead", "meta_every": 1}
-
 
 class ConvNet(nn.Module):
     """A BatchNorm ResNet in miniature, optionally with dropout."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EVERY_STEP, MLP
+from models import MLP
 from sklearn.linear_model import LogisticRegression
 
 from iada_plugin import IADAConfig
@@ -148,7 +148,7 @@ def test_meta_weight_nets_gradient_is_that_of_double_backward():
     run.model.double()
     run.train.x, run.meta.x = run.train.x.double(), run.meta.x.double()
     meta_x, meta_y = run.meta.x, run.meta.y
-    config = IADAConfig(warmup_epochs=0, **EVERY_STEP, epsilon_range=(0, 1), alpha=0, beta=0, perturbation_scale="unit", virtual_lr=0.1,
+    config = IADAConfig(warmup_epochs=0, epsilon_range=(0, 1), alpha=0, beta=0, perturbation_scale="unit", virtual_lr=0.1,
                         hypergradient="forward", meta_lr=1e-3)  # fmt: skip
     engine = baselines.MetaWeightNet(run.model, run.optimizer, meta_loader=[(meta_x, meta_y)], class_counts=[6, 6],
                                      steps_per_epoch=1, epochs=2, config=config)  # fmt: skip

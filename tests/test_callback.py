@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from datasets import Dataset, IterableDataset
-from models import EVERY_STEP, distilbert, tokens
+from models import distilbert, tokens
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -49,9 +49,7 @@ def trainer(folder, callback=None, model=None, train=None, seed=0, **options):
 
 def callback(meta=None, **config):
     options = {k: config.pop(k) for k in ("class_counts", "resume_from", "classifier") if k in config}
-    return MetaIADACallback(
-        meta or dataset(8, seed=7), IADAConfig(**{"warmup_epochs": 1, **EVERY_STEP, **config}), **options
-    )
+    return MetaIADACallback(meta or dataset(8, seed=7), IADAConfig(**{"warmup_epochs": 1, **config}), **options)
 
 
 def weights(model):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models import EVERY_STEP, MLP
+from models import MLP
 from torch.nn.parallel import DistributedDataParallel
 
 from iada_plugin import IADAConfig, MetaIADA
@@ -36,7 +36,7 @@ def train(rank, world, variant, folder):
     )
     iada = MetaIADA(wrapped, optimizer, meta_loader=[meta], steps_per_epoch=2, epochs=11,
                     config=IADAConfig(warmup_epochs=1, meta_lr=0.01, covariance_lr=0.01,
-                                      **{**EVERY_STEP, **OPTIONS[variant]}))  # fmt: skip
+                                      **OPTIONS[variant]))  # fmt: skip
     for step in range(22):
         optimizer.zero_grad()
         rows = slice(rank, None, world)

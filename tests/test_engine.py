@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EVERY_STEP, MLP, ConvNet, distilbert, tokens
+from models import MLP, ConvNet, distilbert, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,7 +31,7 @@ def vectors(n=16, classes=3, seed=0):
 def make(model, meta, *, warmup=1, steps=1, epochs=10, lr=0.1, counts=None, optimizer=None, **config):
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     iada = MetaIADA(model, optimizer, meta_loader=[meta], class_counts=counts, steps_per_epoch=steps, epochs=epochs,
-                    config=IADAConfig(warmup_epochs=warmup, **{**EVERY_STEP, **config}))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=warmup, **config))  # fmt: skip
     return iada, optimizer
 
 
@@ -318,7 +318,7 @@ def test_a_compiled_model():
         model = ConvNet()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         wrapped = torch.compile(model, backend="aot_eager") if compiled else model
-        config = IADAConfig(warmup_epochs=1, **EVERY_STEP)
+        config = IADAConfig(warmup_epochs=1)
         iada = MetaIADA(wrapped, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1,
                         epochs=9, config=config)  # fmt: skip
         fit(wrapped, iada, optimizer, [images(seed=s) for s in range(4)])
@@ -475,7 +475,7 @@ def test_meta_sets():
             meta_loader=loader,
             steps_per_epoch=1,
             epochs=2,
-            config=IADAConfig(warmup_epochs=1, **EVERY_STEP),
+            config=IADAConfig(warmup_epochs=1),
             **options,
         )
 
@@ -513,7 +513,7 @@ def test_meta_sets():
 def make_with(loader):
     model = MLP()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    config = IADAConfig(warmup_epochs=1, **EVERY_STEP)
+    config = IADAConfig(warmup_epochs=1)
     return MetaIADA(model, optimizer, meta_loader=loader, steps_per_epoch=1, epochs=9, config=config), optimizer
 
 
@@ -693,22 +693,23 @@ def test_settings_are_checked(field, value):
 
 
 def test_default_size_of_a_meta_batch():
-    """A quarter of the training batch, but not tiny; as many as in training for the paper's step."""
-    assert [IADAConfig().meta_batch(n) for n in (8, 16, 64, 256)] == [8, 16, 16, 64]
-    assert [IADAConfig(schedule="lookahead").meta_batch(n) for n in (8, 64, 256)] == [8, 64, 256]
+    """As many as in training for the paper's step; online a quarter of the training batch, but not tiny."""
+    assert [IADAConfig().meta_batch(n) for n in (8, 64, 256)] == [8, 64, 256]
+    assert [IADAConfig(schedule="online").meta_batch(n) for n in (8, 16, 64, 256)] == [8, 16, 16, 64]
     assert IADAConfig(meta_batch_size=5).meta_batch(64) == 5
 
 
-def test_the_defaults_train():
-    """Nothing set but the warm-up: a meta step in every fifth step, five updates from it."""
+def test_the_cheap_settings_train():
+    """A meta step in every fifth step, five updates from it, and an average of the meta gradient."""
     model = ConvNet()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     iada = MetaIADA(model, optimizer, meta_loader=[images(n=4, seed=9)], class_counts=[1] * 4, steps_per_epoch=4, epochs=4,
-                    config=IADAConfig(warmup_epochs=1))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1, schedule="online", meta_every=5))  # fmt: skip
     losses = fit(model, iada, optimizer, [images(seed=s) for s in range(16)])
     assert iada.meta_batches.drawn == 3 and all(loss.isfinite() for loss in losses)
     adam = iada.meta.meta_optimizer.state[iada.meta.perturbation.output.weight]
     assert int(adam["step"]) == 15 and iada.pop_metrics()["iada/epsilon_std"] > 0
+    assert iada.meta.passes.average is not None and IADAConfig().momentum == 0.0
 
 
 def test_every_setting_is_described():

@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from models import EVERY_STEP, ConvNet
+from models import ConvNet
 from torch import nn
 
 from iada_plugin import IADAHead
@@ -58,7 +58,7 @@ def test_transformers_classifiers(name):
     labels = torch.tensor([0, 1, 2, 0])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     iada = MetaIADA(model, optimizer, meta_loader=[(batch, labels)], class_counts=[2, 1, 1], steps_per_epoch=1, epochs=2,
-                    config=IADAConfig(warmup_epochs=1, **EVERY_STEP))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1))  # fmt: skip
     keys = list(model.state_dict())
     for _ in range(2):
         optimizer.zero_grad()
@@ -110,7 +110,7 @@ def test_copies_and_pickles_do_not_drag_the_engine_along():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
     iada = MetaIADA(model, optimizer, meta_loader=[(x, y)], class_counts=[1] * 4, steps_per_epoch=1, epochs=2,
-                    config=IADAConfig(warmup_epochs=1, **EVERY_STEP))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1))  # fmt: skip
     loss = iada(model(x), y)
     twin = copy.deepcopy(model)
     assert pickle.loads(pickle.dumps(model)).fc.covariance.shape == (4, 8, 8)

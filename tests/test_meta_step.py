@@ -8,7 +8,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from models import EVERY_STEP, MLP, ConvNet
+from models import MLP, ConvNet
 from test_engine import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, MetaIADA
@@ -193,7 +193,7 @@ def test_compiled_checkpointed_and_in_half_precision(schedule):
         options = {"memory": "low"} if kind == "low" else {}
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         wrapped = torch.compile(model, backend="aot_eager") if kind == "compile" else model
-        config = IADAConfig(warmup_epochs=1, meta_every=1, schedule=schedule, **options)
+        config = IADAConfig(warmup_epochs=1, meta_momentum=0.8, schedule=schedule, **options)
         iada = MetaIADA(wrapped, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1, epochs=9,
                         config=config)  # fmt: skip
         model.train()
@@ -264,7 +264,7 @@ def test_the_meta_gradient_is_averaged_over_steps():
             torch.testing.assert_close(d, e)
 
 
-@pytest.mark.parametrize("config", [{}, {"schedule": "online"}, {"hypergradient": "head"}, {"memory": "low"}])
+@pytest.mark.parametrize("config", [{}, {"schedule": "online"}, {"hypergradient": "head"}, {"meta_momentum": 0.5}])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_meta_batch_that_is_not_finite_changes_nothing(config, first):
     """Omega, its Adam state, Sigma and the average stay; training goes on, and the step is counted."""
@@ -273,7 +273,7 @@ def test_a_meta_batch_that_is_not_finite_changes_nothing(config, first):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     meta = [bad, good, good] if first else [good, bad, good]
     iada = MetaIADA(model, optimizer, meta_loader=meta, class_counts=[3, 2, 1], steps_per_epoch=1, epochs=9,
-                    config=IADAConfig(warmup_epochs=1, **{**EVERY_STEP, **config}))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
     fit(model, iada, optimizer, [vectors()])
     before = None
     for step in range(3):
@@ -368,7 +368,7 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "__bool__", lambda self: True)
         iada = MetaIADA(model, optimizer, meta_loader=[(x[:4], y[:4])], steps_per_epoch=1, epochs=9,
-                        config=IADAConfig(warmup_epochs=1, **{**EVERY_STEP, **config}))  # fmt: skip
+                        config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
     iada.capture._verified = iada.statistics._ready = iada.statistics.prior_known = True
     iada.meta.passes._checked = iada.meta.passes._repeatable = True
     with pytest.raises(RuntimeError, match="meta tensors"):
@@ -512,7 +512,7 @@ def test_a_training_batch_that_is_not_finite_is_not_learned_from(schedule, covar
 
 def test_a_loaded_state_is_a_copy():
     model = MLP()
-    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1])
+    iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.8)
     fit(model, iada, optimizer, [vectors()] * 3)
     state = iada.state_dict()
     kept = {k: v.clone() for k, v in state.items()}
@@ -531,7 +531,7 @@ def test_a_loaded_state_is_a_copy():
 def test_an_error_in_the_difference_pass_leaves_the_average(monkeypatch):
     for schedule in ("online", "lookahead"):
         model = MLP()
-        iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], schedule=schedule)
+        iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], schedule=schedule, meta_momentum=0.8)
         fit(model, iada, optimizer, [vectors()] * 3)
         weights = {k: v.clone() for k, v in model.state_dict().items()}
         average = [t.clone() for t in iada.meta.passes.average]

@@ -8,7 +8,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from models import EVERY_STEP
 from torch import nn
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
@@ -54,7 +53,7 @@ def test_whole_steps_on_real_models(name):
     model = timm.create_model(name, num_classes=4, drop_rate=0.1, **size).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     iada = MetaIADA(model, optimizer, meta_loader=[batch(seed=1)], class_counts=[5, 3, 2, 1], steps_per_epoch=1, epochs=3,
-                    config=IADAConfig(warmup_epochs=1, **EVERY_STEP))  # fmt: skip
+                    config=IADAConfig(warmup_epochs=1))  # fmt: skip
     assert model.get_classifier() is iada.head
     keys = list(model.state_dict())
     for seed in range(3):
@@ -80,7 +79,7 @@ def test_models_that_cannot_be_used():
 
 def options(**extra):
     return {"meta_loader": [batch(seed=9)], "steps_per_epoch": 1, "epochs": 6, "class_counts": [5, 3, 2, 1],
-            "config": IADAConfig(warmup_epochs=2, **EVERY_STEP), "verbose": False, **extra}  # fmt: skip
+            "config": IADAConfig(warmup_epochs=2), "verbose": False, **extra}  # fmt: skip
 
 
 def train(task, optimizer, seeds, ema=False):
@@ -137,7 +136,7 @@ def test_task_warm_up_is_the_plain_task():
     models[1].load_state_dict(models[0].state_dict())
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in models]
     plain = ClassificationTask(models[0], verbose=False)
-    config = IADAConfig(warmup_epochs=2, prior_in_warmup=False, **EVERY_STEP)
+    config = IADAConfig(warmup_epochs=2, prior_in_warmup=False)
     ours = MetaIADATask(models[1], optimizer=optimizers[1], **options(config=config))
     for task, optimizer in zip((plain, ours), optimizers, strict=True):
         train(task, optimizer, range(2))
