@@ -58,9 +58,9 @@ class Task:
 
 
 _LONG_TAIL = ["ce", "focal", "cb_ce", "cb_focal", "ldam_drw", "la", "isda", "isda_prior", "metasaug", "mwn", "ce_meta",
-              "last_layer", "la_meta", "iada_paper", "iada"]  # fmt: skip
-_NOISE = ["ce", "gce", "mwn", "ce_meta", "last_layer", "iada_paper", "iada"]
-_GROUPS = ["ce", "la", "group_dro", "mwn", "ce_meta", "last_layer", "iada_paper", "iada"]
+              "last_layer", "la_meta", "iada_paper", "iada_online", "iada"]  # fmt: skip
+_NOISE = ["ce", "gce", "mwn", "ce_meta", "last_layer", "iada_paper", "iada_online", "iada"]
+_GROUPS = ["ce", "la", "group_dro", "mwn", "ce_meta", "last_layer", "iada_paper", "iada_online", "iada"]
 
 #: Two CPU cores: CIFAR-10 at 16 x 16 pixels, ResNet-8, 5,000 training images.
 CPU: dict[str, Task] = {
@@ -85,13 +85,13 @@ CPU: dict[str, Task] = {
         "Balanced clean CIFAR-10 (no harm), 5,000 images, 16 x 16, ResNet-8, 32 epochs", "cifar10",
         lambda data, seed: make.label_noise(data, kind="none", samples_per_class=500, val_per_class=300,
                                             meta_per_class=10, image_size=16, seed=seed),
-        ["ce", "iada_paper", "iada"],
+        ["ce", "iada_paper", "iada_online", "iada"],
         {"model": "resnet8", "epochs": 32, "milestones": (22 / 32, 28 / 32)},
     ),
     "cifar10_glt": Task(
         "CIFAR-10 generalized long tail (classes 20:1, six pixel clusters a class), 16 x 16, ResNet-8, 36 epochs", "cifar10",
         lambda data, seed: make.generalized_long_tail(data, imbalance_ratio=20, n_max=1200, image_size=16, seed=seed),
-        ["ce", "la", "metasaug", "la_meta", "iada_paper", "iada"],
+        ["ce", "la", "metasaug", "la_meta", "iada_paper", "iada_online", "iada"],
         {"model": "resnet8", "epochs": 36, "milestones": (28 / 36, 32 / 36), "gamma": 0.1, "warmup_ratio": 28 / 36},
     ),
     "colored_mnist": Task(
@@ -101,12 +101,12 @@ CPU: dict[str, Task] = {
     ),
     "hatexplain": Task(
         "HateXplain in CivilComments' layout, two-layer DistilBERT from scratch, 3 epochs", "hatexplain/all_data_with_identities.csv",
-        lambda data, seed: make.comments(data, seed=seed), ["ce", "la", "group_dro", "last_layer", "iada"], {"epochs": 3},
+        lambda data, seed: make.comments(data, seed=seed), ["ce", "la", "group_dro", "last_layer", "iada_online", "iada"], {"epochs": 3},
     ),
     "reuters52": Task(
         "Reuters R52 (natural long tail), averaging network, 15 epochs", "reuters52/reuters52.parquet",
         lambda data, seed: make.long_tail(data, seed=seed, meta_per_class=5),
-        ["ce", "cb_ce", "la", "isda_prior", "metasaug", "mwn", "ce_meta", "la_meta", "iada_paper", "iada"],
+        ["ce", "cb_ce", "la", "isda_prior", "metasaug", "mwn", "ce_meta", "la_meta", "iada_paper", "iada_online", "iada"],
         {"epochs": 15},
     ),
 }  # fmt: skip

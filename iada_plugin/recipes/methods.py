@@ -138,6 +138,7 @@ PAPER = {
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", CrossEntropy),
     "iada": iada_method("Meta-IADA"),
+    "iada_online": iada_method("Meta-IADA, cheap meta step", schedule="online", meta_every=5),
     "iada_paper": iada_method("Meta-IADA, paper's perturbation", **PAPER),
     "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
     "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
