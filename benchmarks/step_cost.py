@@ -401,7 +401,7 @@ def measure(args: argparse.Namespace, options: Options) -> list[dict[str, Any]]:
                     memory.reset()
                     cycle()
                     peaks[name] = memory.peak
-                if not options.compile:
+                if not options.compile and setting.other != "higher":  # its copies of the model have no hooks
                     passes[name] = count_passes(cycle, model, work.batch_size, setting.steps)
             except Exception as error:  # a library that does not work with this torch must not end the table
                 if not setting.other or setting.other == "plain":
@@ -494,7 +494,8 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set_title(model, fontsize=10)
         ax.set_xlabel("times a plain cross-entropy step")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0][0].legend(loc="lower right", fontsize=8)
+        ax.margins(x=0.12)
+    axes[0][0].legend(loc="upper right", fontsize=8)
     fig.savefig(path, dpi=130)
     plt.close(fig)
 

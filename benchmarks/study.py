@@ -103,7 +103,7 @@ COST = {
     "lookahead M=N/4 K=5": Variant("five updates from one step", {**PAPER_STEP, "meta_every": 5}, settings=_SMALL),
     "lookahead, averaged": Variant("M = N, average of the meta gradient", _AVERAGED),
     "lookahead M=N/4 K=5, averaged": Variant("five updates, average", {**_AVERAGED, "meta_every": 5}, settings=_SMALL),
-    "online": Variant("M = N", {**_ONLINE, "meta_momentum": 0.0}),
+    "online": Variant("M = N", {**_ONLINE, "meta_momentum": 0.0}, settings={"meta_batch_size": 100}),
     "online M=N/4, averaged": Variant("", _ONLINE, settings=_SMALL),
     "online M=N/4 K=5": Variant("five updates", {**_ONLINE, "meta_every": 5, "meta_momentum": 0.0}, settings=_SMALL),
     "online M=N/4 K=5, averaged": Variant("five updates, average", {**_ONLINE, "meta_every": 5}, settings=_SMALL),
