@@ -156,8 +156,8 @@ class _IADALogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         features, weight, classes, inverse, step, shift, rows, low, *kept = ctx.saved_tensors
-        wanted = dict(zip(("features", "weight", "bias", "labels", "epsilon", "covariance", "factor", "log_prior"),
-                          ctx.needs_input_grad, strict=False))  # fmt: skip
+        names = ("features", "weight", "bias", "labels", "epsilon", "covariance", "factor", "log_prior")
+        wanted = {name: ctx.needs_input_grad[i] for i, name in enumerate(names)}
         alpha = ctx.alpha
         through = g @ weight  # [N, H]
         k = None if classes is None else g.new_zeros(classes.numel(), g.shape[1]).index_add_(0, inverse, g)  # [U, C]

@@ -59,10 +59,6 @@ def test_inaturalist_fits_beside_the_model(covariance, rank):
     assert loss.isfinite() and memory.peak < 0.85e9
 
 
-@pytest.mark.skipif(
-    torch.__version__ < torch.torch_version.TorchVersion("2.6"),
-    reason="older compilers give up at autograd functions with optional arguments",
-)
 def test_the_head_compiles_in_one_piece(monkeypatch):
     """With the static shapes of a GPU: no graph break."""
     from iada_plugin.covariance import LowRank, padded_classes
