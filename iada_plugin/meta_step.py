@@ -15,8 +15,9 @@ from .capture import Forward
 from .covariance import Covariance, LowRank, plain_step, put, relative_step, take
 from .distributed import gather_rows
 from .head import IADAHead
-from .passes import Passes, Tangent
+from .passes import Passes
 from .perturbation import EpsilonLog, PerturbationNetwork
+from .tangents import Tangent
 
 
 def mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:

@@ -1,15 +1,13 @@
-"""The passes of a meta step through the model: virtual step, meta gradient, and the features' tangent along it."""
+"""The passes of a meta step through the model: virtual step, meta gradient, and the order they come in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from . import hypergradient as hg
 from .batches import MetaBatches
@@ -17,37 +15,8 @@ from .capture import Capture, Forward, isolated, seed_rng
 from .checks import check_labels
 from .config import IADAConfig
 from .distributed import weighted_average_
+from .tangents import Probe, Tangent, Tangents
 from .virtual_step import VirtualStep, loss_gradient
-
-
-class Tangent(NamedTuple):
-    """What a meta step learns from."""
-
-    features: Tensor  # [N, H] of the training batch
-    features_dot: Tensor  # [N, H] their tangent along the meta gradient
-    weight_dot: Tensor | None  # [C, H] the meta gradient of the classifier; None where it is not trained
-    bias_dot: Tensor | None  # [C]
-    meta_loss: Tensor  # []
-    fine: Tensor  # [] whether the meta loss and its gradient are finite
-    eta: float  # the learning rate of the virtual step, which is divided out of the tangents
-
-
-@dataclass
-class _Probe:
-    """The part of a step that needs the training batch's inputs only, not its pass."""
-
-    step: int
-    meta_loss: Tensor
-    fine: Tensor
-    eta: float
-    weight_dot: Tensor | None
-    bias_dot: Tensor | None
-    inputs: Forward | None = None
-    direction: list[Tensor] | None = None  # the scaled meta gradient; not kept where the average gives it again
-    features: Tensor | None = None
-    features_dot: Tensor | None = None
-    displaced: Tensor | None = None  # features at parameters moved along the meta gradient
-    distance: Tensor | None = None  # by so much
 
 
 class Passes:
@@ -75,11 +44,9 @@ class Passes:
         self.average: list[Tensor] | None = None
         self._values = list(parameters.values())
         self.virtual = VirtualStep(optimizer, self._values, config)
-        self._ready: _Probe | None = None
+        self.tangents = Tangents(capture, parameters, config)
+        self._ready: Probe | None = None
         self._checked = False
-        self._repeatable: bool | None = None
-        # Whether the training pass's features are those of a difference pass, bit for bit; known from the first step on.
-        self._exact = True
 
     @property
     def head_only(self) -> bool:
@@ -130,7 +97,7 @@ class Passes:
         if probe.inputs is not forward:  # several training passes before the loss is taken, of the last one
             with isolated(self.capture):
                 self._go_along(probe, forward)
-        return self._complete(probe, forward)
+        return self.tangents.complete(probe, forward)
 
     def lookahead(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int, step: int) -> Tangent:
         """The meta gradient after a virtual step down ``train_loss`` (Eqs. 7 to 9).
@@ -146,7 +113,7 @@ class Passes:
             with hg.displaced(self._values, self._virtual_step(forward, train_loss, n)):
                 meta_loss, v = self._meta_gradient(batch, forward.autocast_dtype)
             probe = self._probe(forward, meta_loss, v, step)
-        return self._complete(probe, forward)
+        return self.tangents.complete(probe, forward)
 
     @property
     def _releases_graph(self) -> bool:
@@ -211,14 +178,14 @@ class Passes:
 
     # -------------------------------------------------------------------------------------------------------- tangents
 
-    def _probe(self, inputs: Forward, meta_loss: Tensor, v: list[Tensor], step: int) -> _Probe:
+    def _probe(self, inputs: Forward, meta_loss: Tensor, v: list[Tensor], step: int) -> Probe:
         """Average the meta gradient ``v``, which is used up, and go along it."""
         fine = self._averaged(meta_loss, v)
         _, eta = self.virtual.rates()
         averaging = self.config.momentum > 0
         direction = self._direction(v)
         own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
-        probe = _Probe(
+        probe = Probe(
             step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)), inputs, direction
         )
         self._go_along(probe, inputs)
@@ -235,83 +202,8 @@ class Passes:
             return v
         return self.virtual.scale_([t.clone() for t in v], [r / eta for r in rates])
 
-    def _go_along(self, probe: _Probe, inputs: Forward) -> None:
-        """The features' tangent along the meta gradient, as far as ``inputs`` tell it."""
-        probe.inputs = inputs
-        if self.head_only:
-            return
+    def _go_along(self, probe: Probe, inputs: Forward) -> None:
         direction = probe.direction
         if direction is None:
             direction = self._direction(self.average)  # type: ignore[arg-type]
-        with hg.full_precision(self.capture.device.type):
-            if self.config.hypergradient == "forward":
-                at = lambda values: self._features(inputs, values)  # noqa: E731
-                probe.features, probe.features_dot = hg.forward_tangent(at, self.parameters, direction)
-                return
-            probe.displaced, probe.distance = hg.displaced_features(
-                lambda: self._features(inputs), self._values, direction
-            )
-            # In the first step too, to see whether a pass can be repeated.
-            known = self._exact and self._repeatable is not None
-            probe.features = None if known else self._base(inputs)
-
-    def _features(self, inputs: Forward, replaced: dict[str, Tensor] | None = None) -> Tensor:
-        """Features ``[N, H]`` of the training batch in full precision, with the dropout masks of its pass."""
-        cast = None if self.config.hypergradient == "forward" else self.head.covariance.dtype
-        leaves = tree_leaves((inputs.args, inputs.kwargs))
-        tensors = [t for t in leaves if isinstance(t, Tensor) and not t.is_inference()]
-        versions = [t._version for t in tensors]
-        found = self.capture.features_of(
-            inputs.args, inputs.kwargs, rng=inputs.rng, replaced=replaced, cast=cast, autocast=False
-        )
-        if [t._version for t in tensors] != versions:
-            raise RuntimeError(
-                f"{type(self.capture.model).__name__} changes its input in place, so that a repeated pass sees another one."
-                " Work on a copy in its forward, or use IADAConfig(hypergradient='head')."
-            )
-        return found.features  # type: ignore[return-value]
-
-    @torch.no_grad()
-    def _base(self, inputs: Forward) -> Tensor:
-        return self._features(inputs)
-
-    def _complete(self, probe: _Probe, forward: Forward) -> Tangent:
-        """Features and tangent, once the training pass is there."""
-        features: Tensor = forward.features.detach()  # type: ignore[union-attr]
-        dot = probe.features_dot
-        if self.head_only:
-            dot = torch.zeros_like(features)
-        elif probe.displaced is not None:
-            base = probe.features
-            if self._repeatable is None:
-                self._check_repeatable(features, base, probe.displaced)  # type: ignore[arg-type]
-            self._exact = bool(self._repeatable) and forward.exact and features.dtype == probe.displaced.dtype
-            if base is None and not self._exact:
-                with isolated(self.capture), hg.full_precision(features.device.type):
-                    base = self._base(forward)
-            features = features if base is None else base
-            dot = (probe.displaced - features) / probe.distance  # type: ignore[operator]
-        elif probe.features is not None:
-            features = probe.features
-        return Tangent(features, dot, probe.weight_dot, probe.bias_dot, probe.meta_loss, probe.fine, probe.eta)  # type: ignore[arg-type]
-
-    def _check_repeatable(self, features: Tensor, again: Tensor, displaced: Tensor) -> None:
-        """Once: compare the training pass with its repetition, and with the displaced pass. Bit-equal features may serve as
-        the base of the difference; features that are equal to rounding only (compiled code, say) may not; others mean that
-        the difference would be noise.
-
-        Raises:
-            RuntimeError: the pass cannot be repeated.
-        """
-        size = features.float().norm().clamp_min(1e-6)
-        error = torch.maximum(*((other - features).float().norm() / size for other in (again, displaced)))
-        if not bool(torch.isfinite(error)):
-            return  # nothing can be told from this batch
-        if bool(error > 0.2):
-            raise RuntimeError(
-                f"{type(self.capture.model).__name__}: the same pass, repeated with the same random state, gives features"
-                f" that differ by {100 * float(error):.0f} %. Finite differences would be noise. Something in the model"
-                " draws or keeps what cannot be restored (dropout in compiled code, state outside of buffers): use"
-                " IADAConfig(hypergradient='head')."
-            )
-        self._repeatable = torch.equal(again, features)
+        self.tangents.go_along(probe, inputs, direction)

@@ -370,7 +370,7 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
         iada = MetaIADA(model, optimizer, meta_loader=[(x[:4], y[:4])], steps_per_epoch=1, epochs=9,
                         config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
     iada.capture._verified = iada.statistics._ready = iada.statistics.prior_known = True
-    iada.meta.passes._checked = iada.meta.passes._repeatable = True
+    iada.meta.passes._checked = iada.meta.passes.tangents._repeatable = True
     with pytest.raises(RuntimeError, match="meta tensors"):
         bool(x.sum() > 0)
     iada.step = 1
@@ -455,8 +455,8 @@ def test_adaptive_with_words_that_were_never_trained():
         iada, _ = make(
             model, (meta, y), counts=[1, 1, 1], optimizer=optimizer, virtual_step="adaptive", hypergradient=mode
         )
-        complete = iada.meta.passes._complete
-        iada.meta.passes._complete = lambda *a, complete=complete: tangents.append(complete(*a)) or tangents[-1]
+        complete = iada.meta.passes.tangents.complete
+        iada.meta.passes.tangents.complete = lambda *a, complete=complete: tangents.append(complete(*a)) or tangents[-1]
         fit(model, iada, optimizer, [(x, y)] * 2)
     found, exact = (t.features_dot for t in tangents)
     assert (found - exact).norm() < 2e-2 * exact.norm()
@@ -536,7 +536,7 @@ def test_an_error_in_the_difference_pass_leaves_the_average(monkeypatch):
         weights = {k: v.clone() for k, v in model.state_dict().items()}
         average = [t.clone() for t in iada.meta.passes.average]
         with monkeypatch.context() as patch:
-            patch.setattr(iada.meta.passes, "_features", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(iada.meta.passes.tangents, "_features", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
         assert all(torch.equal(a, b) for a, b in zip(average, iada.meta.passes.average, strict=True))
@@ -580,8 +580,8 @@ def test_buffers_that_matter_in_training(schedule):
         x, y = vectors(seed=1)
         iada, optimizer = make(model, (x.double(), y), counts=[1, 1, 1], schedule=schedule, hypergradient=mode)
         seen = tangents.setdefault(mode, [])
-        complete = iada.meta.passes._complete
-        iada.meta.passes._complete = lambda *a, c=complete, seen=seen: seen.append(c(*a)) or seen[-1]
+        complete = iada.meta.passes.tangents.complete
+        iada.meta.passes.tangents.complete = lambda *a, c=complete, seen=seen: seen.append(c(*a)) or seen[-1]
         fit(model, iada, optimizer, [(vectors(seed=s)[0].double(), y) for s in range(4)])
         torch.testing.assert_close(model.gain.item(), 1 + 4 * 0.05)
     for found, exact in zip(*tangents.values(), strict=True):
