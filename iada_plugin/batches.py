@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Sampler
 
-from .capture import split_batch
+from .capture import rng_state, seed_rng, set_rng_state, split_batch
 from .distributed import rank, world_size
 
 
@@ -74,62 +74,123 @@ def meta_dataloader(
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **options)
 
 
-class MetaBatches:
-    """Iterator over ``((args, kwargs), labels)`` on a device, starting over whenever the loader ends.
+class MetaLoaderError(RuntimeError):
+    """The user's ``meta_loader`` raised."""
 
-    Raises:
-        ValueError: from ``next``, when the loader yields nothing at all.
+
+class MetaBatches:
+    """Batches ``((args, kwargs), labels)`` on a device, from a loader that starts over whenever it ends.
+
+    Which batch comes next is a function of ``position``, for every loader whose order depends on the random state at its
+    start only (any `DataLoader` without a generator of its own): each pass over it starts from a known seed.
+
+    Attributes:
+        drawn: batches used so far.
+        opened: seed under which the loader's present pass began.
+        within: batches drawn in it.
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         if length_of(loader) == 0:
             raise ValueError("meta_loader is empty: IADA needs clean, balanced batches to learn its perturbations on.")
-        self.loader, self.device, self.drawn = loader, device, 0
+        self.loader, self.device = loader, device
+        self.drawn, self.opened, self.within = 0, 0, 0
         self._iterator: Iterator[Any] | None = None
-        self._first: Any = None
+        self._waiting: Any = None
 
-    def __iter__(self) -> MetaBatches:
-        return self
-
-    def peek(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
-        """The first batch, which ``next`` gives again."""
-        self.open()
-        one_shot = self._iterator is self.loader
-        first = next(self)
-        self.drawn = 0
-        self._iterator = self.loader if one_shot else None  # type: ignore[assignment]
-        self._first = first if one_shot else None
+    def peek(self, seed: int) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
+        """A first batch to look at; nothing is used up."""
+        first = self.draw(seed)
+        if self._iterator is not self.loader:  # one that cannot be iterated again keeps it for later
+            self._iterator = self._waiting = None
         return first
 
-    def open(self) -> None:
-        """Make the loader's iterator, if there is none; a `DataLoader` draws a random number for it."""
-        if self._iterator is None:
-            self._iterator = iter(self.loader)
+    def draw(self, seed: int) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
+        """The next batch, read under ``seed``; the same one again until :meth:`commit`.
 
-    def __next__(self) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
-        if self._first is not None:
-            first, self._first = self._first, None
-            self.drawn += 1
-            return first
+        Raises:
+            ValueError: the loader yields nothing (any more).
+            MetaLoaderError: it raised.
+        """
+        if self._waiting is None:
+            seed_rng(self.device, seed)
+            args, kwargs, labels = split_batch(self._read(seed))
+            to = lambda t: t.to(self.device, non_blocking=True)  # noqa: E731
+            self._waiting = tree_map_only(Tensor, to, ((args, kwargs), labels))
+        return self._waiting  # type: ignore[no-any-return]
+
+    def commit(self) -> None:
+        """The batch drawn last was used."""
+        self._waiting = None
+        self.drawn += 1
+
+    def _read(self, seed: int) -> Any:
         for _ in range(2):
-            self.open()
             try:
+                if self._iterator is None:
+                    self._open(seed)
                 batch = next(self._iterator)  # type: ignore[arg-type]
-                break
             except StopIteration:
                 self._iterator = None
-        else:
-            raise ValueError(
-                "meta_loader yields nothing (any more): pass a loader that can be iterated again and again."
-            )
-        self.drawn += 1
-        args, kwargs, labels = tree_map_only(Tensor, lambda t: t.to(self.device, non_blocking=True), split_batch(batch))
-        return (args, kwargs), labels
+                continue
+            except Exception as error:
+                self.drawn += 1  # it is left out
+                self.within += not self._endless
+                raise MetaLoaderError(f"meta_loader raised {type(error).__name__}: {error}") from error
+            self.within += not self._endless
+            return batch
+        raise ValueError("meta_loader yields nothing (any more): pass a loader that can be iterated again and again.")
 
-    def skip_to(self, drawn: int) -> None:
-        """Go on as after ``drawn`` batches: exact with :func:`meta_dataloader`, else from the loader's start."""
-        self.drawn = drawn
-        self._iterator = self._first = None
-        sampler = getattr(self.loader, "batch_sampler", None)
-        if isinstance(sampler, EndlessBatches):
-            sampler.position = drawn
+    def _open(self, seed: int) -> None:
+        if self._endless:
+            self.loader.batch_sampler.position = self.drawn  # type: ignore[attr-defined]
+        else:
+            self.opened, self.within = seed, 0
+        self._iterator = iter(self.loader)
+
+    @property
+    def _endless(self) -> bool:
+        """The loader is :func:`meta_dataloader`'s, which can start anywhere."""
+        return isinstance(getattr(self.loader, "batch_sampler", None), EndlessBatches)
+
+    @property
+    def position(self) -> tuple[int, int, int]:
+        """``drawn``, ``opened`` and ``within``, not counting a batch that was not used yet."""
+        waiting = self._waiting is not None and not self._endless
+        return self.drawn, self.opened, self.within - waiting
+
+    def move_to(self, position: Sequence[int]) -> None:
+        """Go on as from there; a loader other than :func:`meta_dataloader`'s reads again what it had read.
+
+        Raises:
+            ValueError: the loader is shorter than the one of ``position``.
+        """
+        if tuple(position) == self.position:
+            return
+        drawn, opened, within = position
+        used_up = self._iterator is not None and self._iterator is self.loader  # cannot be read again
+        self._waiting = None
+        if not used_up:
+            self._iterator = None
+            if within:
+                self._replay(opened, within)
+        self.drawn, self.opened, self.within = drawn, opened, within
+
+    def _replay(self, seed: int, count: int) -> None:
+        states = rng_state(self.device)
+        try:
+            seed_rng(self.device, seed)
+            self._iterator = iter(self.loader)
+            for k in range(count):
+                try:
+                    next(self._iterator)
+                except StopIteration:
+                    self._iterator = None
+                    raise ValueError(
+                        f"the state was saved after {count} batches of the meta_loader, which now ends after {k}: resume"
+                        " with the same meta set and batch size."
+                    ) from None
+                except Exception:  # it was left out then, too
+                    continue
+        finally:
+            set_rng_state(self.device, states)

@@ -70,7 +70,6 @@ class MetaIADACallback(TrainerCallback):
         self.resume_from = resume_from
         self.engine: MetaIADA | None = None
         self._model_hook: Any = None
-        self._intercepted = False
 
     # ---------------------------------------------------------------------------------------------------- front doors
 
@@ -143,7 +142,6 @@ class MetaIADACallback(TrainerCallback):
         if args.torch_compile:
             self.engine.capture.mark_compiled()
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
-        self._intercepted = False
         if state.global_step == 0 and args.should_save:
             for stale in _folder(args).glob(".iada_state-*"):  # of an earlier run that was killed
                 stale.unlink()
@@ -220,19 +218,14 @@ class MetaIADACallback(TrainerCallback):
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         loss = engine(outputs["logits"] if is_mapping else outputs[1], labels, kwargs.get("num_items_in_batch"))
-        if loss.requires_grad:
-            loss.register_hook(self._note_backward)
         if is_mapping:
             outputs["loss"] = loss
             return outputs
         return (loss, *outputs[1:])
 
-    def _note_backward(self, gradient: Tensor) -> None:
-        self._intercepted = True
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stage the state where a checkpoint is due; check that the loss really was replaced."""
-        if not self._intercepted:
+        if self.engine is not None and not self.engine.trained:
             raise RuntimeError(
                 "the loss of MetaIADACallback was not the one that was trained in the first step: the Trainer's compute_loss"
                 " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"

@@ -78,6 +78,8 @@ class Capture:
         self._current: Forward | None = None
         self._probe: Forward | None = None
         self._verified = False
+        #: The last training pass ran under float16 autocast.
+        self.half = False
         self._restore_buffers: Callable[[], None] = lambda: None
         #: Called before each training pass, with its inputs.
         self.before: Callable[[Forward], None] = lambda forward: None
@@ -136,6 +138,7 @@ class Capture:
                 " needs one vector per sample, [N, H]. A token-wise head must pool before its last layer."
             )
         self._verify(forward.features, forward.logits, output)
+        self.half = forward.autocast_dtype == torch.float16
         return forward
 
     def _verify(self, features: Tensor, logits: Tensor, output: Tensor) -> None:

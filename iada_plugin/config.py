@@ -107,6 +107,12 @@ class IADAConfig:
     prior_in_warmup: bool = _setting(
         True, "The prior term in the warm-up too: Logit Adjustment there. False is the paper's plain cross-entropy."
     )
+    on_failure: str = _setting(
+        "skip",
+        "A meta step that fails (values that are not finite; on one process also out of memory, or a meta loader that"
+        " raises): 'skip' leaves it out, counts it as iada/skipped_steps and warns; 'stop' raises. 100 in a row stop in any"
+        " case, as does an error in the first one.",
+    )
     seed: int = _setting(0, "Seed of the perturbation network, of the meta sampler and of the meta passes.")
 
     def __post_init__(self) -> None:
@@ -178,5 +184,6 @@ _CHOICES = {
     "schedule": ("lookahead", "online"),
     "memory": ("fast", "low"),
     "virtual_step": ("sgd", "adaptive"),
+    "on_failure": ("skip", "stop"),
     "perturbation_scale": ("unit", "feature_std", "margin"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -30,20 +31,45 @@ def weighted_average_(tensors: Sequence[Tensor], weight: float) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
-def gather_rows(tensor: Tensor) -> Tensor:
-    """Concatenate ``[n_r, ...]`` of all processes in rank order; the numbers of rows may differ.
+def gather_rows(*tensors: Tensor) -> list[Tensor]:
+    """Concatenate ``[n_r, ...]`` of all processes in rank order, for several tensors at once; the numbers of rows n_r may
+    differ between processes.
 
     Every process then computes on the same global batch, so results agree bit for bit on all ranks and equal those of
-    one process with that batch.
+    one process with that batch. Integers travel as the floating type of the others: exact below 2^24.
     """
     if world_size() == 1:
-        return tensor
-    size = torch.tensor([tensor.shape[0]], device=tensor.device)
+        return list(tensors)
+    rows = tensors[0].shape[0]
+    dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
+    packed = torch.cat([t.reshape(rows, -1).to(dtype) for t in tensors], dim=1)
+    size = torch.tensor([rows], device=packed.device)
     sizes = [torch.zeros_like(size) for _ in range(world_size())]
     dist.all_gather(sizes, size)
-    rows = [int(s) for s in sizes]
-    padded = tensor.new_zeros((max(rows), *tensor.shape[1:]))
-    padded[: tensor.shape[0]] = tensor
-    parts = [torch.zeros_like(padded) for _ in rows]
+    counts = [int(s) for s in sizes]
+    padded = packed.new_zeros((max(counts), packed.shape[1]))
+    padded[:rows] = packed
+    parts = [torch.zeros_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    return torch.cat([part[:n] for part, n in zip(parts, rows, strict=True)])
+    whole = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+    columns = whole.split([t[0].numel() for t in tensors], dim=1)
+    return [c.reshape(-1, *t.shape[1:]).to(t.dtype) for c, t in zip(columns, tensors, strict=True)]
+
+
+def global_share(count: int, device: torch.device) -> Tensor | float:
+    """What a mean over ``count`` samples is to be multiplied by, so that its average over processes is the mean over all
+    samples: ``count`` over the average count; 1 where all processes have as many."""
+    if world_size() == 1:
+        return 1.0
+    total = torch.tensor(float(count), device=device)
+    dist.all_reduce(total)
+    return count * world_size() / total
+
+
+def on_any_process(flag: bool, device: torch.device) -> bool:
+    """Whether ``flag`` is set on some process: decisions that lead to collectives have to be common ones."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor(float(flag), device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return bool(found)

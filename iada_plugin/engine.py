@@ -26,6 +26,7 @@ from .checks import (
 )
 from .config import IADAConfig
 from .data.meta import labels_of, require_all_classes
+from .distributed import global_share, on_any_process, world_size
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .meta_step import MetaStep, mean_loss
 from .passes import Passes
@@ -62,6 +63,8 @@ class MetaIADA:
 
     Attributes:
         epsilon: ``[N]`` of the last training batch, ``None`` in warm-up. Low values mark labels that look wrong.
+        step: optimizer steps so far.
+        trained: whether a backward pass went through a loss of this criterion.
 
     Raises:
         ValueError, TypeError: whatever is found wrong before training starts.
@@ -103,8 +106,10 @@ class MetaIADA:
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
         self.epsilon: Tensor | None = None
         self.step, self._calls, self._warned, self._closed = 0, 0, False, False
+        self.trained, self._backward = False, False
         self.classifier_name, linear = find_classifier(self.model, classifier)
         parameters = check_parameters(self.model, linear, config)
+        self._parameters = list(parameters.values())
         refuse_reentrant_checkpointing(self.model, config)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
         if "_converted_from" in vars(linear):
@@ -190,10 +195,16 @@ class MetaIADA:
             )
         # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
         with torch.autocast(output.device.type, enabled=False):
-            return self._training_loss(output, target, denominator)
+            loss = self._training_loss(output, target, denominator)
+        if denominator is None and world_size() > 1:
+            loss = loss * global_share(output.shape[0], output.device)
+        if loss.requires_grad:
+            loss.register_hook(self._note_backward)
+        return loss
 
     def _training_loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None) -> Tensor:
         forward = self.capture.take(output)
+        self._end_skipped_step()
         self._calls += 1
         if self._calls == 200 and self.step == 0:
             warnings.warn(
@@ -210,12 +221,17 @@ class MetaIADA:
         first = self.statistics.begin_augmentation()
         f = self.statistics.observe(forward, target, characteristics=True)
         features = forward.features
-        if first and self._meta_step_due:
-            features = self.meta(forward, target, f, self.step)
-        epsilon = self.meta.epsilon(f)
-        self.meta.log.add(epsilon, target)
+        try:
+            if first and self._meta_step_due:
+                features = self.meta(forward, target, f, self.step)
+            epsilon = self.meta.epsilon(f)
+            loss = self.meta.train_loss(features, target, epsilon, denominator)
+        except BaseException:
+            self.statistics.forget_last()
+            raise
+        self.statistics.note(epsilon)
         self.epsilon = epsilon
-        return self.meta.train_loss(features, target, epsilon, denominator)
+        return loss
 
     @property
     def _meta_step_due(self) -> bool:
@@ -224,7 +240,11 @@ class MetaIADA:
         learns = config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)
         return learns and (self.step - self.warmup_steps) % config.meta_every == 0
 
+    def _note_backward(self, gradient: Tensor) -> None:
+        self.trained = self._backward = True
+
     def _before_pass(self, forward: Forward) -> None:
+        self._end_skipped_step()
         if not self.in_warmup and self._meta_step_due and not self.statistics.pending:
             self.meta.before_pass(forward, self.step)
 
@@ -244,16 +264,34 @@ class MetaIADA:
         )
 
     def _after_optimizer_step(self, *_: Any) -> None:
-        with torch.autocast(self.capture.device.type, enabled=False):
-            self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation)
+        self._flush()
         self.step += 1
+
+    def _flush(self) -> None:
+        self._backward = False
+        with torch.autocast(self.capture.device.type, enabled=False):
+            self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation, log=self.meta.log)
+
+    def _end_skipped_step(self) -> None:
+        """A GradScaler that finds an overflow leaves ``optimizer.step()`` out, and with it the hook. The step is over
+        nevertheless, if gradients were cleared after a backward pass or, where they are cleared later, overflowed: what comes
+        now is the first micro-batch of the next one, not a further one of the same."""
+        if not (self.statistics.pending and self._backward):
+            return
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        over = not gradients
+        if self.capture.half:
+            overflow = bool(gradients) and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+            over = on_any_process(over or overflow, self.capture.device)
+        if over:
+            self._flush()
 
     def pop_metrics(self) -> dict[str, float]:
         """Averages since the last call: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio`` (share
         with epsilon > 0), ``iada/meta_loss``, the first and third per class where there are at most ten, and
         ``iada/skipped_steps`` once there are any. Empty in warm-up."""
         metrics = self.meta.log.pop()
-        if skipped := self.meta.report_skipped():
+        if skipped := self.meta.check_skipped():
             metrics["iada/skipped_steps"] = float(skipped)
         return metrics
 
@@ -279,7 +317,6 @@ class MetaIADA:
                 f" lasts {self.warmup_steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."
             )
         self._closed = True
-        self.meta.report_skipped()
         self.meta.passes.forget()
         self.capture.remove()
         self._step_hook.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,13 +12,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import hypergradient as hg
+from .batches import MetaLoaderError
 from .capture import Forward
 from .covariance import Covariance, LowRank, plain_step, put, relative_step, take
-from .distributed import gather_rows
+from .distributed import gather_rows, world_size
 from .head import IADAHead
 from .passes import Passes
 from .perturbation import EpsilonLog, PerturbationNetwork
 from .tangents import Tangent
+
+#: A run whose meta steps fail so many times in a row is stopped.
+PATIENCE = 100
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch >= 2.5
+    return isinstance(error, (kind, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
@@ -48,8 +59,11 @@ class MetaStep:
             self.perturbation.parameters(), lr=config.meta_lr, capturable=device.type == "cuda"
         )
         self.log = EpsilonLog(self.head.out_features)
-        self._skipped = torch.zeros((), dtype=torch.long, device=device)
-        self._warned = False
+        # Meta steps left out: so far, and since the last one that was made.
+        self._skipped = torch.zeros(2, dtype=torch.long, device=device)
+        self._reported = 0
+        self._succeeded = False
+        self._failed_at: int | None = None
 
     @torch.no_grad()
     def epsilon(self, f: Tensor) -> Tensor:
@@ -84,7 +98,8 @@ class MetaStep:
     def before_pass(self, forward: Forward, step: int) -> None:
         """Called before each training pass in whose step a meta step is due."""
         if self.config.schedule == "online":
-            self.passes.before(forward, step)
+            with self._survived(step):
+                self.passes.before(forward, step)
 
     def __call__(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> Tensor:
         """Update Omega and Sigma.
@@ -98,6 +113,13 @@ class MetaStep:
         Returns:
             Features ``[N, H]`` to take the loss of.
         """
+        if self._failed_at != step:
+            with self._survived(step):
+                self._take(forward, labels, f, step)
+                self._succeeded = True
+        return self.passes.features_to_train(forward)
+
+    def _take(self, forward: Forward, labels: Tensor, f: Tensor, step: int) -> None:
         if self.config.schedule == "online":
             tangent = self.passes.online(forward, step)
         else:
@@ -106,7 +128,25 @@ class MetaStep:
                 forward, lambda features: self.train_loss(features, labels, epsilon), labels.numel(), step
             )
         self._update(tangent, labels, f)
-        return self.passes.features_to_train(forward)
+
+    @contextmanager
+    def _survived(self, step: int) -> Iterator[None]:
+        """A failure from outside costs this meta step only, where the settings say so. Not the first one, behind which there
+        is rather a mistake, and not among several processes, which would wait for each other."""
+        try:
+            yield
+        except Exception as error:
+            outside = isinstance(error, MetaLoaderError) or is_out_of_memory(error)
+            if not outside or not self._succeeded or self.config.on_failure == "stop" or world_size() > 1:
+                raise
+            self._failed_at = step
+            warnings.warn(f"a meta step failed and is left out: {type(error).__name__}: {error}")
+            traceback.clear_frames(error.__traceback__)  # they hold what there was no memory for
+        if self._failed_at == step:
+            if self.head.weight.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._count(torch.zeros((), dtype=torch.bool, device=self._skipped.device))
+            self.check_skipped()
 
     @torch.no_grad()
     def _update(self, tangent: Tangent, labels: Tensor, f: Tensor) -> None:
@@ -116,20 +156,26 @@ class MetaStep:
         weight = head.weight.to(dtype)
         dots = [None if t is None else t.to(dtype) for t in (head.bias, tangent.weight_dot, tangent.bias_dot)]
         bias, weight_dot, bias_dot = dots
+        features, features_dot, labels, f = gather_rows(
+            tangent.features.to(dtype), tangent.features_dot.to(dtype), labels, f
+        )
         layer = hg.HeadTangent(
-            gather_rows(tangent.features.to(dtype)),
+            features,
             weight,
             bias,
-            gather_rows(tangent.features_dot.to(dtype)),
+            features_dot,
             torch.zeros_like(weight) if weight_dot is None else weight_dot,
             bias_dot,
         )
-        labels, f = gather_rows(labels), gather_rows(f)
         fine = self._learn(layer, labels, f, tangent.fine, tangent.eta)
         self.log.add_meta_loss(tangent.meta_loss, fine)
-        self._skipped += ~fine
-        if fine.device.type == "cpu":
-            self.report_skipped()
+        self._count(fine)
+        if fine.device.type == "cpu" or self.config.on_failure == "stop":
+            self.check_skipped()
+
+    def _count(self, fine: Tensor) -> None:
+        total, row = self._skipped + ~fine
+        self._skipped = torch.stack([total, torch.where(fine, 0, row)])
 
     def _learn(self, layer: hg.HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         """Steps of Omega and Sigma; what the passes gave holds for several small ones, which go through the last layer only.
@@ -141,9 +187,25 @@ class MetaStep:
         """
         config = self.config
         problem = hg.head_problem(layer, labels, config.fixed_shift, self._in_margin)
-        for _ in range(config.meta_updates or config.meta_every):
-            fine = self._learn_once(problem, f, fine, eta)
+        with self._undone_on_error(problem.classes):
+            for _ in range(config.meta_updates or config.meta_every):
+                fine = self._learn_once(problem, f, fine, eta)
         return fine
+
+    @contextmanager
+    def _undone_on_error(self, classes: Tensor) -> Iterator[None]:
+        """Take back half a step, which an interrupt would leave."""
+        network = [t.clone() for t in self._network_state()]
+        rows = take(self.head.class_covariance, classes)
+        try:
+            yield
+        except BaseException:
+            if len(network) < len(self._network_state()):
+                self.meta_optimizer.state.clear()
+            for tensor, old in zip(self._network_state(), network, strict=True):
+                tensor.copy_(old)
+            put(self.head.class_covariance, classes, rows)
+            raise
 
     def _learn_once(self, problem: hg.HeadProblem, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         head, config = self.head, self.config
@@ -190,22 +252,33 @@ class MetaStep:
 
     @property
     def skipped(self) -> int:
-        """Meta steps left out so far because something was not finite."""
-        return int(self._skipped)
+        """Meta steps left out so far, because something was not finite or failed."""
+        return int(self._skipped[0])
 
     @skipped.setter
     def skipped(self, count: int) -> None:
-        self._skipped.fill_(count)
+        self._skipped = torch.stack([torch.full_like(self._skipped[0], count), torch.zeros_like(self._skipped[0])])
+        self._reported = count
 
-    def report_skipped(self) -> int:
-        """:attr:`skipped`; warns once."""
-        count = self.skipped
-        if count and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "the meta loss or its gradient is not finite: this meta step is skipped, and counted as"
-                " iada/skipped_steps. If it happens again, look for NaN in the inputs, or lower virtual_lr."
+    def check_skipped(self) -> int:
+        """:attr:`skipped`; warns of the first one.
+
+        Raises:
+            RuntimeError: there is a new one and ``on_failure="stop"``, or there were too many in a row.
+        """
+        (count, row), before = self._skipped.tolist(), self._reported
+        self._reported = count
+        if count > before:
+            what = (
+                "the meta loss or its gradient is not finite, so that the meta step is left out (iada/skipped_steps). Look"
+                " for NaN in the inputs of the training and meta set, or lower virtual_lr"
             )
+            if self.config.on_failure == "stop":
+                raise RuntimeError(f"{what}; on_failure='skip' would go on.")
+            if row >= PATIENCE:
+                raise RuntimeError(f"{row} meta steps in a row were left out: this run learns no perturbation. {what}.")
+            if before == 0 and self._failed_at is None:
+                warnings.warn(f"{what}.")
         return count
 
 

@@ -16,7 +16,7 @@ from .checks import check_labels
 from .config import IADAConfig
 from .distributed import weighted_average_
 from .tangents import Probe, Tangent, Tangents
-from .virtual_step import VirtualStep, loss_gradient
+from .virtual_step import LossScale, VirtualStep, loss_gradient
 
 
 class Passes:
@@ -45,6 +45,7 @@ class Passes:
         self._values = list(parameters.values())
         self.virtual = VirtualStep(optimizer, self._values, config)
         self.tangents = Tangents(capture, parameters, config)
+        self.scaling = LossScale(capture.device)
         self._ready: Probe | None = None
         self._checked = False
 
@@ -60,8 +61,7 @@ class Passes:
             ValueError: naming what is wrong.
         """
         with isolated(self.capture):
-            seed_rng(self.capture.device, self.config.seed)
-            _, labels = self.batches.peek()
+            _, labels = self.batches.peek(self.config.seed)
         check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
 
     def before(self, forward: Forward, step: int) -> None:
@@ -97,7 +97,7 @@ class Passes:
         if probe.inputs is not forward:  # several training passes before the loss is taken, of the last one
             with isolated(self.capture):
                 self._go_along(probe, forward)
-        return self.tangents.complete(probe, forward)
+        return self._complete(probe, forward)
 
     def lookahead(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int, step: int) -> Tangent:
         """The meta gradient after a virtual step down ``train_loss`` (Eqs. 7 to 9).
@@ -113,7 +113,17 @@ class Passes:
             with hg.displaced(self._values, self._virtual_step(forward, train_loss, n)):
                 meta_loss, v = self._meta_gradient(batch, forward.autocast_dtype)
             probe = self._probe(forward, meta_loss, v, step)
-        return self.tangents.complete(probe, forward)
+        return self._complete(probe, forward)
+
+    def _complete(self, probe: Probe, forward: Forward) -> Tangent:
+        tangent = self.tangents.complete(probe, forward)
+        # Only now: an error, an interrupt or a state taken before leaves meta batch and average to the next try.
+        if probe.average is not None:
+            self.average = probe.average
+        self.batches.commit()
+        if forward.autocast_dtype == torch.float16:
+            self.scaling.adjust(probe.fine)
+        return tangent
 
     @property
     def _releases_graph(self) -> bool:
@@ -134,19 +144,21 @@ class Passes:
     def _virtual_step(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int) -> list[Tensor]:
         """Displacement of the parameters (Eq. 7)."""
         loss = train_loss(forward.features.detach() if self.head_only else forward.features)  # type: ignore[union-attr, arg-type]
-        move = loss_gradient(loss, self._values, forward.autocast_dtype, retain_graph=not self._releases_graph)
+        move = self._gradient(loss, forward, retain_graph=not self._releases_graph)
         weighted_average_(move, n)
         rates, _ = self.virtual.rates()
         return self.virtual.scale_(move, [-r for r in rates])
 
     # --------------------------------------------------------------------------------------------------- meta gradient
 
+    def _gradient(self, loss: Tensor, forward: Forward, retain_graph: bool = False) -> list[Tensor]:
+        scale = self.scaling.scale if forward.autocast_dtype == torch.float16 else None
+        return loss_gradient(loss, self._values, scale, retain_graph)
+
     def _draw(self, step: int) -> Any:
         """The next meta batch; its augmentation, and the meta pass after it, run from a seed of the step's own."""
         seed = (self.config.seed * 1_000_003 + step) % 2**31
-        self.batches.open()
-        seed_rng(self.capture.device, seed)
-        batch = next(self.batches)
+        batch = self.batches.draw(seed)
         seed_rng(self.capture.device, seed)
         return batch
 
@@ -159,7 +171,7 @@ class Passes:
         check_labels(labels, forward.features.shape[0], self.head.out_features, always=not self._checked)  # type: ignore[union-attr]
         self._checked, labels = True, labels.long()
         loss = F.cross_entropy(self.head.iada_logits(forward.features, None, alpha=0, beta=0), labels)  # type: ignore[arg-type]
-        v = loss_gradient(loss, self._values, forward.autocast_dtype)
+        v = self._gradient(loss, forward)
         loss = loss.detach().clone()
         weighted_average_([*v, loss], labels.numel())
         return loss, v
@@ -182,16 +194,14 @@ class Passes:
         """Average the meta gradient ``v``, which is used up, and go along it."""
         fine = self._averaged(meta_loss, v)
         _, eta = self.virtual.rates()
-        averaging = self.config.momentum > 0
         direction = self._direction(v)
         own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
         probe = Probe(
             step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)), inputs, direction
         )
         self._go_along(probe, inputs)
-        if averaging:
-            # Only now: an error above leaves the average as it was. It gives the direction again where that is needed.
-            self.average, probe.direction = v, None
+        if self.config.momentum > 0:  # the average gives the direction again where that is needed
+            probe.average, probe.direction = v, None
         return probe
 
     def _direction(self, v: list[Tensor]) -> list[Tensor]:
@@ -205,5 +215,5 @@ class Passes:
     def _go_along(self, probe: Probe, inputs: Forward) -> None:
         direction = probe.direction
         if direction is None:
-            direction = self._direction(self.average)  # type: ignore[arg-type]
+            direction = self._direction(probe.average)  # type: ignore[arg-type]
         self.tangents.go_along(probe, inputs, direction)

@@ -84,13 +84,13 @@ class EpsilonLog:
         self._sums: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, epsilon: Tensor, labels: Tensor) -> None:
-        """Count the epsilon ``[N]`` of a batch with labels ``[N]``."""
+    def add(self, epsilon: Tensor, labels: Tensor, weight: Tensor) -> None:
+        """Count the epsilon ``[N]`` of samples with labels ``[N]``, whose ``weight`` ``[N]`` of 0 and 1 tells which count."""
+        epsilon = torch.where(weight > 0, epsilon, 0)
         positive = (epsilon > 0).to(epsilon.dtype)
-        one = torch.ones_like(epsilon)
-        self._add("all", torch.stack([one.sum(), epsilon.sum(), epsilon.square().sum(), positive.sum()]))
+        self._add("all", torch.stack([weight.sum(), epsilon.sum(), epsilon.square().sum(), positive.sum()]))
         if self.num_classes:
-            rows = torch.stack([one, epsilon, positive], dim=1)
+            rows = torch.stack([weight, epsilon, positive], dim=1)
             self._add("classes", rows.new_zeros(self.num_classes, 3).index_add_(0, labels, rows))
 
     def add_meta_loss(self, loss: Tensor, fine: Tensor) -> None:
@@ -104,8 +104,8 @@ class EpsilonLog:
         """Averages since the last call."""
         sums, self._sums = self._sums, {}
         metrics: dict[str, float] = {}
-        if "all" in sums:
-            n, total, squares, positive = sums["all"].tolist()
+        n, total, squares, positive = sums["all"].tolist() if "all" in sums else [0.0] * 4
+        if n:
             mean = total / n
             metrics["iada/epsilon_mean"] = mean
             metrics["iada/epsilon_std"] = max(squares / n - mean * mean, 0.0) ** 0.5

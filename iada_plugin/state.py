@@ -31,8 +31,10 @@ def collect(engine: MetaIADA) -> dict[str, Tensor]:
     found |= {f"head.{k}": v for k, v in engine.head.named_buffers()}
     found["label_count"] = engine.statistics.label_count
     plan = (engine.warmup_steps, engine.statistics_start)  # a longer run goes on with the warm-up it began with
-    counters = (engine.step, engine.meta.skipped, engine.meta_batches.drawn, int(engine.statistics.prior_known), *plan)
+    counters = (engine.step, engine.meta.skipped, int(engine.statistics.prior_known), *plan)
     found["counters"] = torch.tensor(counters)
+    found["meta_position"] = torch.tensor(engine.meta_batches.position)
+    found["loss_scale"] = torch.stack([engine.meta.passes.scaling.scale, engine.meta.passes.scaling.streak])
     return {k: v.detach().clone().contiguous() for k, v in found.items()}
 
 
@@ -64,6 +66,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     if problems:
         more = f" ({len(problems)} differences)" if len(problems) > 3 else ""
         raise ValueError(f"this Meta-IADA state is of another model or setting: {'; '.join(problems[:3])}{more}.")
+    engine.meta_batches.move_to(given["meta_position"].tolist())
     engine.meta.perturbation.load_state_dict(_with_prefix(given, "perturbation."))
     entries: dict[int, dict[str, Tensor]] = {}
     for key, value in adam.items():
@@ -75,14 +78,16 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     for key, buffer in engine.head.named_buffers():
         buffer.copy_(given[f"head.{key}"])
     engine.statistics.label_count.copy_(given["label_count"])
-    engine.step, engine.meta.skipped, drawn, prior_known, *plan = given["counters"].tolist()
+    engine.step, engine.meta.skipped, prior_known, *plan = given["counters"].tolist()
     engine.warmup_steps, engine.statistics_start = plan
     engine.statistics.reset(bool(prior_known))
     engine.meta.passes.forget()
     engine.meta.passes.average = (
         [average[k].to(p, copy=True) for k, p in parameters.items()] if average and kept else None
     )
-    engine.meta_batches.skip_to(drawn)
+    engine.meta.passes.scaling.scale, engine.meta.passes.scaling.streak = given["loss_scale"].to(
+        engine.capture.device, copy=True
+    )
 
 
 def _with_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

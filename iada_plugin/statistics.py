@@ -13,7 +13,7 @@ from .config import IADAConfig
 from .covariance import variances
 from .distributed import gather_rows
 from .head import IADAHead
-from .perturbation import PerturbationNetwork
+from .perturbation import EpsilonLog, PerturbationNetwork
 
 
 class Statistics:
@@ -31,7 +31,7 @@ class Statistics:
         self.means = RunningMeans(head.out_features, device=head.weight.device, dtype=head.covariance.dtype)
         self.label_count = torch.zeros_like(head.class_count)
         self.prior_known = bool(head.log_prior.any())
-        self._pending: list[tuple[Tensor, ...]] = []
+        self._pending: list[list[Tensor]] = []
         self._ready = False
 
     def reset(self, prior_known: bool) -> None:
@@ -90,7 +90,7 @@ class Statistics:
         """
         if not characteristics:
             if not self.prior_known:
-                self._pending.append((labels,))
+                self._pending.append([labels])
             return labels.new_empty(0)
         head = self.head
         dtype = head.covariance.dtype
@@ -109,30 +109,41 @@ class Statistics:
             mean_loss=self.means.mean_loss,
         )
         f = compute_characteristics(state, self.characteristics)
-        self._pending.append((labels, features, f, state.loss, state.margin))
+        self._pending.append([labels, features, f, state.loss, state.margin])
         return f
 
+    def note(self, epsilon: Tensor) -> None:
+        """The micro-batch observed last was trained with ``epsilon`` ``[N]``."""
+        self._pending[-1].append(epsilon)
+
+    def forget_last(self) -> None:
+        """The micro-batch observed last came to nothing: an error, or an interrupt."""
+        del self._pending[-1:]
+
     @torch.no_grad()
-    def flush(self, *, in_warmup: bool, f_moments: PerturbationNetwork) -> None:
+    def flush(self, *, in_warmup: bool, f_moments: PerturbationNetwork, log: EpsilonLog) -> None:
         """Merge what was observed since the last optimizer step.
 
         Args:
             in_warmup: covariances are estimated; afterwards they are learned and only means follow the features.
             f_moments: keeps the running moments of the characteristics.
+            log: counts the epsilon of the samples of all processes.
         """
         pending, self._pending = self._pending, []
         if not pending:
             return
-        columns = [gather_rows(torch.cat(parts)) for parts in zip(*pending, strict=True)]
+        columns = gather_rows(*(torch.cat(parts) for parts in zip(*pending, strict=True)))
         labels = columns[0]
         if not self.prior_known:
             self.label_count.index_add_(0, labels, torch.ones_like(labels, dtype=self.label_count.dtype))
         if len(columns) == 1:
             return
-        _, features, f, loss, margin = columns
+        _, features, f, loss, margin, *epsilon = columns
         # A NaN or Inf must not stay in a running average. (Weights, because picking rows would wait for the device.)
         rows = torch.cat([features, f, loss[:, None], margin[:, None]], dim=1)
         good = torch.isfinite(rows).all(dim=1).to(f.dtype)
         self.head.update_statistics(features, labels, means_only=not in_warmup, weight=good)
         self.means.update(loss, margin, labels, good)
         f_moments.update_moments(f, good)
+        if epsilon:
+            log.add(epsilon[0], labels, good)

@@ -70,19 +70,39 @@ class VirtualStep:
         return scaling
 
 
+class LossScale:
+    """What a loss is multiplied by before its gradient goes through a float16 graph, where small values vanish and large
+    ones overflow. A power of two that falls fourfold with an overflow and doubles after 200 steps without one; as
+    ``torch.amp.GradScaler``, but kept on the device, so that nobody has to wait for it.
+
+    Attributes:
+        scale: ``[]``.
+        streak: ``[]`` steps without an overflow.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 8192.0, device=device)
+        self.streak = torch.zeros((), device=device)
+
+    def adjust(self, fine: Tensor) -> None:
+        """Take note of a step, whose gradients were finite if ``fine`` ``[]``."""
+        self.streak = torch.where(fine, self.streak + 1, 0)
+        grown = torch.where(self.streak >= 200, 2 * self.scale, self.scale)
+        self.streak = torch.where(self.streak >= 200, 0, self.streak)
+        self.scale = torch.where(fine, grown, self.scale / 4).clamp(1.0, 65536.0)
+
+
 def loss_gradient(
-    loss: Tensor, parameters: list[nn.Parameter], autocast_dtype: torch.dtype | None, retain_graph: bool = False
+    loss: Tensor, parameters: list[nn.Parameter], scale: Tensor | None = None, retain_graph: bool = False
 ) -> list[Tensor]:
-    """Gradient of ``loss``; zero for a parameter it does not reach."""
-    # Through a float16 graph small gradients vanish unless they are scaled up.
-    scale = 8192.0 if autocast_dtype == torch.float16 else 1.0
-    loss = loss * scale if scale != 1 else loss
+    """Gradient of ``loss``, which is multiplied by ``scale`` on its way; zero for a parameter it does not reach."""
+    loss = loss if scale is None else loss * scale
     found = torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
     # Reentrant checkpointing hides the parameters inside it from autograd.grad: they would pass for unused.
     if any(g is None for g in found) and _has_reentrant_checkpoint(loss):
         raise ValueError(REENTRANT)
     gradient = [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, found, strict=True)]
-    return gradient if scale == 1 else list(torch._foreach_div(gradient, scale))
+    return gradient if scale is None else [g / scale for g in gradient]
 
 
 def _has_reentrant_checkpoint(loss: Tensor) -> bool:

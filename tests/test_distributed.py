@@ -52,7 +52,8 @@ def train(rank, world, variant, folder):
         average = [torch.tensor([float(rank)]), torch.tensor([[2.0 * rank]])]
         weighted_average_(average, weight=1.0 + 2 * rank)
         assert torch.cat([a.flatten() for a in average]).tolist() == [0.75, 1.5]
-        assert gather_rows(torch.arange(1 + 2 * rank)).tolist() == [0, 0, 1, 2]
+        rows, wide = gather_rows(torch.arange(1 + 2 * rank), torch.full((1 + 2 * rank, 2), 0.5 + rank))
+        assert rows.tolist() == [0, 0, 1, 2] and wide.tolist() == [[0.5] * 2] + [[1.5] * 2] * 3
         dist.destroy_process_group()
 
 
