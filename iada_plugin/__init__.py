@@ -15,12 +15,14 @@ _HOME = {
     "MetaIADACallback": ".callback",
     "MetaIADATask": ".timm_task",
     "balanced_meta_split": ".data.meta",
+    "meta_dataloader": ".batches",
     "last_complete_checkpoint": ".checkpoint",
 }
 
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
+    from .batches import meta_dataloader as meta_dataloader
     from .callback import MetaIADACallback as MetaIADACallback
     from .checkpoint import last_complete_checkpoint as last_complete_checkpoint
     from .config import IADAConfig as IADAConfig

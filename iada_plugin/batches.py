@@ -91,6 +91,8 @@ class MetaBatches:
     """
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+            raise TypeError(f"meta_loader is a {type(loader).__name__}: pass a loader of batches (input, target).")
         if length_of(loader) == 0:
             raise ValueError("meta_loader is empty: IADA needs clean, balanced batches to learn its perturbations on.")
         self.loader, self.device = loader, device
@@ -103,6 +105,7 @@ class MetaBatches:
         first = self.draw(seed)
         if self._iterator is not self.loader:  # one that cannot be iterated again keeps it for later
             self._iterator = self._waiting = None
+            self.opened = self.within = 0
         return first
 
     def draw(self, seed: int) -> tuple[tuple[tuple[Any, ...], dict[str, Any]], Tensor]:
@@ -146,6 +149,7 @@ class MetaBatches:
             self.loader.batch_sampler.position = self.drawn  # type: ignore[attr-defined]
         else:
             self.opened, self.within = seed, 0
+            seed_rng(self.device, seed)
         self._iterator = iter(self.loader)
 
     @property

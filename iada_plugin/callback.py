@@ -55,21 +55,23 @@ class MetaIADACallback(TrainerCallback):
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
         resume_from: str | Path | None = None,
     ) -> None:
-        if not hasattr(meta_dataset, "__len__") or not hasattr(meta_dataset, "__getitem__"):
+        map_style = hasattr(meta_dataset, "__len__") and hasattr(meta_dataset, "__getitem__")
+        if not map_style or isinstance(meta_dataset, (Mapping, str)):
             raise TypeError(
-                f"meta_dataset is a {type(meta_dataset).__name__}: it must be a map-style data set (with a length); it is"
-                " small, so load a streamed one into memory."
+                f"meta_dataset is a {type(meta_dataset).__name__}: it must be a map-style data set (with a length), such as"
+                " one split of a DatasetDict; it is small, so load a streamed one into memory."
             )
+        if len(meta_dataset) == 0:
+            raise ValueError("the meta set is empty: pass at least one sample a class.")
         self.meta_dataset = meta_dataset
-        self.config = config or IADAConfig()
-        if not isinstance(self.config, IADAConfig):
-            raise TypeError(f"config is a {type(config).__name__}: pass IADAConfig(...).")
+        self.config = IADAConfig.of(config)
         self.class_counts = class_counts
         self.classifier = classifier
         self.characteristics = characteristics
         self.resume_from = resume_from
         self.engine: MetaIADA | None = None
         self._model_hook: Any = None
+        self._staged: int | None = None
 
     # ---------------------------------------------------------------------------------------------------- front doors
 
@@ -142,15 +144,18 @@ class MetaIADACallback(TrainerCallback):
         if args.torch_compile:
             self.engine.capture.mark_compiled()
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
-        if state.global_step == 0 and args.should_save:
-            for stale in _folder(args).glob(".iada_state-*"):  # of an earlier run that was killed
-                stale.unlink()
         if state.global_step > 0:
             try:
                 self._resume(args, state)
             except Exception:
                 self.uninstall()
                 raise
+        if args.should_save:  # what an earlier run that was killed has left
+            folder = _folder(args) / f"checkpoint-{state.global_step}"
+            if folder.is_dir() and state_file(folder).is_file():  # still staged
+                os.replace(state_file(folder), folder / STATE_FILE)
+            for stale in _folder(args).glob(".iada_state-*"):
+                stale.unlink(missing_ok=True)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
@@ -191,7 +196,7 @@ class MetaIADACallback(TrainerCallback):
                 )
             dataset = dataset.remove_columns([c for c in own if c not in wanted])
         # auto_find_batch_size lowers the state's batch size, not the argument's.
-        size = self.config.meta_batch((state.train_batch_size or args.train_batch_size) * world_size())
+        size = self.config.meta_batch((state.train_batch_size or args.train_batch_size) * args.world_size)
         return meta_dataloader(
             dataset,
             size,
@@ -241,20 +246,27 @@ class MetaIADACallback(TrainerCallback):
 
     def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
-        if self.engine is not None and control.should_save and args.should_save:
-            os.makedirs(_folder(args), exist_ok=True)
-            save_state(self.engine, staged_file(_folder(args), state.global_step))
+        if control.should_save:
+            if args.should_save:  # a folder that the Trainer is about to write over is incomplete until it has done so
+                for name in (STATE_FILE, "trainer_state.json"):
+                    (_folder(args) / f"checkpoint-{state.global_step}" / name).unlink(missing_ok=True)
+            self._write(args, state)
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.engine is None or not (args.should_save or self.engine.capture.sharded):
+            return
+        self._staged = state.global_step
+        os.makedirs(_folder(args), exist_ok=True)
+        save_state(self.engine, staged_file(_folder(args), state.global_step), write=args.should_save)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
-        if self.engine is None or not args.should_save:
-            return
-        staged = staged_file(_folder(args), state.global_step)
+        if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
+            self._write(args, state)
         folder = _folder(args) / f"checkpoint-{state.global_step}"
-        if not staged.exists():  # save_strategy="best" decides after the evaluation
-            save_state(self.engine, staged)
-        if folder.is_dir():
-            os.replace(staged, folder / STATE_FILE)
+        if self.engine is not None and args.should_save and folder.is_dir():
+            os.replace(staged_file(_folder(args), state.global_step), folder / STATE_FILE)
+        self._staged = None
 
     def on_log(
         self,
@@ -304,13 +316,16 @@ def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
     """What cannot work, said before the first step."""
     if args.label_smoothing_factor:
         raise ValueError(_LOSS_OUTSIDE)
+    if args.world_size != world_size():
+        raise ValueError(
+            f"the Trainer counts {args.world_size} processes and torch.distributed {world_size()}: Meta-IADA reduces over the"
+            " default process group. Launch with torchrun or accelerate launch."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             "the Trainer would wrap the model in DataParallel, which copies it in every step. Launch with torchrun"
             " --nproc_per_node N, or use one GPU (CUDA_VISIBLE_DEVICES=0)."
         )
-    if args.deepspeed or args.fsdp:
-        raise ValueError("DeepSpeed and FSDP shard the parameters: not supported yet; train with DDP (torchrun).")
     config = getattr(model, "config", None)
     kind = getattr(config, "problem_type", None)
     if kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1:

@@ -13,10 +13,11 @@ import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .head import IADAHead
 from .hypergradient import tf32_enabled
+from .sharding import is_fsdp, reshard
 
 #: Keyword arguments of a model that the loss uses, not the features.
 LABEL_KEYS = ("labels", "label", "label_ids", "num_items_in_batch")
@@ -32,6 +33,7 @@ class Forward:
     features: Tensor | None = None  # [N, H], with its graph
     logits: Tensor | None = None  # [N, C] output of the classifier
     autocast_dtype: torch.dtype | None = None  # None: no autocast
+    outputs: list[Tensor] = field(default_factory=list)  # of the model, where it is sharded
     exact: bool = False  # plain float32 arithmetic, eager: the features may serve as the base of a difference
 
     @property
@@ -71,10 +73,11 @@ class Capture:
     def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False) -> None:
         self.model, self.head = model, head
         self.compiled = compiled
+        self.sharded = is_fsdp(model)
         # The virtual step keeps the graph for a second backward pass, which code compiled later would forbid by default.
         if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
             functorch_config.donated_buffer = False
-        self.device = head.weight.device
+        self.device, self.dtype = head.weight.device, head.weight.dtype
         self._current: Forward | None = None
         self._probe: Forward | None = None
         self._verified = False
@@ -87,7 +90,8 @@ class Capture:
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
         self._handles = [
-            model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True),
+            # Before FSDP's own hook, which gathers parameters for the pass to come.
+            model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=self.sharded),
             head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
         ]
 
@@ -118,6 +122,27 @@ class Capture:
         autocast = kind != "meta" and torch.is_autocast_enabled(kind)
         record.autocast_dtype = torch.get_autocast_dtype(kind) if autocast else None
         record.exact = record.autocast_dtype is None and not self.compiled and not (kind == "cuda" and tf32_enabled())
+
+    def settle(self) -> None:
+        """Have the parameters in their own form after a pass.
+
+        Raises:
+            RuntimeError: it is another one than at the start.
+        """
+        if self.sharded:
+            reshard(self.model)
+        elif is_fsdp(self.model):
+            raise RuntimeError("fully_shard was called after MetaIADA was made: make MetaIADA on the sharded model.")
+        if self.head.weight.device != self.device:
+            raise RuntimeError(
+                f"the model is on {self.head.weight.device}, but MetaIADA was made while it was on {self.device}: move the"
+                " model first, then make MetaIADA."
+            )
+        if self.head.weight.dtype != self.dtype:
+            raise RuntimeError(
+                f"MetaIADA was made while the model was {self.dtype}, and it is {self.head.weight.dtype} now: make it after"
+                " the model got its precision."
+            )
 
     def take(self, output: Tensor) -> Forward:
         """The pass that gave the logits ``output``; it can be taken once.
@@ -189,7 +214,9 @@ class Capture:
                 if rng is not None:
                     set_rng_state(self.device, rng)
                 if replaced is None:
-                    self.model(*args, **kwargs)
+                    output = self.model(*args, **kwargs)
+                    if self.sharded:
+                        probe.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
                 else:
                     functional_call(self.model, replaced, args, kwargs)
             if probe.features is None:
@@ -197,6 +224,8 @@ class Capture:
             return probe
         finally:
             self._probe = None
+            if self.sharded and not torch.is_grad_enabled():
+                reshard(self.model)
 
     @contextmanager
     def _original_forward(self) -> Iterator[None]:
@@ -255,6 +284,8 @@ def seed_rng(device: torch.device, seed: int) -> None:
 @contextmanager
 def isolated(capture: Capture) -> Iterator[None]:
     """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
+    if capture.sharded:
+        reshard(capture.model)
     own = {id(b) for b in capture.head.buffers()}
     kept = [
         (module, name, buffer, buffer.detach().clone())
@@ -300,5 +331,8 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
 
 def _labels(labels: Any) -> Tensor:
     """Labels as a tensor, ``[M, 1]`` flattened."""
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a meta batch's labels are no numbers ({error}): they must be class indices [M].") from error
     return labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels

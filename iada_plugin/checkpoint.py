@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import warnings
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from .distributed import on_any_process
+from .sharding import whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +31,23 @@ def fingerprint(head: IADAHead) -> str:
     digest = hashlib.sha256()
     for tensor in (head.weight, head.bias):
         if tensor is not None:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def save_state(engine: MetaIADA, path: str | Path) -> None:
-    """Write the engine's state; the file appears whole or not at all."""
+def digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
+    """SHA-256 of a file's contents: safetensors has no checksum of its own."""
+    found = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for key in sorted(tensors):
+        tensor = tensors[key].contiguous()
+        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def save_state(engine: MetaIADA, path: str | Path, write: bool = True) -> None:
+    """Write the engine's state; the file appears whole or not at all. Where parameters are sharded, all processes collect
+    it, and those with ``write`` write it."""
     path = Path(path)
     info = {
         "config": engine.config.to_dict(),
@@ -39,6 +55,9 @@ def save_state(engine: MetaIADA, path: str | Path) -> None:
         "weights": fingerprint(engine.head),
     }
     tensors = {k: v.cpu() for k, v in engine.state_dict().items()}
+    if not write:
+        return
+    info["sha256"] = digest(tensors, info)
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     save_file(tensors, partial, metadata={"iada": json.dumps(info)})
     with open(partial, "rb+") as file:
@@ -58,9 +77,12 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"no Meta-IADA state at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            info = json.loads((file.metadata() or {})["iada"])
-            return {key: file.get_tensor(key) for key in file.keys()}, info  # noqa: SIM118 - not a dict
-    except (SafetensorError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            info = dict(json.loads((file.metadata() or {})["iada"]))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        if info.pop("sha256") != digest(tensors, info):
+            raise ValueError("its contents do not match their checksum")
+        return tensors, info
+    except (SafetensorError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no Meta-IADA state ({error}). Resume from an older checkpoint:"
             " iada_plugin.last_complete_checkpoint(output_dir) names the newest whole one."
@@ -72,14 +94,25 @@ def load_state(engine: MetaIADA, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError, ValueError: see :func:`read_state`; also where the file was saved with other weights.
+        RuntimeError: another process cannot read its file.
     """
-    tensors, info = read_state(path)
+    error = None
+    try:
+        tensors, info = read_state(path)
+    except (OSError, ValueError) as found:
+        error = found
+    if on_any_process(error is not None, engine.head.weight.device):
+        raise error or RuntimeError(f"{path} is fine here, but another process cannot read its Meta-IADA state.")
     if info.get("weights") != fingerprint(engine.head):
         raise ValueError(
             f"{path} was saved with other weights than the model has now: it belongs to another run or step. Resume model"
             " and state from the same checkpoint, or ask for MetaIADACallback(resume_from='fresh')."
         )
     engine.load_state_dict(tensors)
+    now, then = engine.config.to_dict(), info.get("config", {})
+    changed = [f"{k}={then[k]!r} -> {v!r}" for k, v in now.items() if k in then and then[k] != v]
+    if changed:
+        warnings.warn(f"Meta-IADA resumes with other settings than before: {', '.join(changed)}.")
 
 
 def staged_file(output_dir: str | Path, step: int) -> Path:
@@ -113,5 +146,8 @@ def last_complete_checkpoint(output_dir: str | Path) -> str | None:
             read_state(state_file(checkpoint))
         except (OSError, ValueError):
             continue
-        return str(checkpoint)
+        # Of several processes, each writes its random state by itself, rank zero the rest before trainer_state.json.
+        ranks = range(world if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1 else 0)
+        if all(zipfile.is_zipfile(checkpoint / f"rng_state_{r}.pth") for r in ranks):
+            return str(checkpoint)
     return None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 import warnings
 from typing import Any
 
@@ -10,11 +12,14 @@ from torch import Tensor, nn
 
 from .config import IADAConfig
 from .hypergradient import RELATIVE_STEP
+from .sharding import is_fsdp, is_sharded
 
 
 def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool]:
     """The model inside DDP and ``torch.compile``, and whether it was compiled."""
     compiled = False
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module that is trained.")
     while True:
         if isinstance(model, nn.DataParallel):
             raise ValueError(
@@ -31,24 +36,70 @@ def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool]:
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod
-        elif type(model).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
-            raise ValueError(f"{type(model).__name__} shards the parameters: not supported yet; train with DDP.")
+        elif type(model).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "FullyShardedDataParallel (FSDP1) flattens the parameters, which hides the classifier: use FSDP2 (fully_shard;"
+                " in Accelerate and the Trainer fsdp_version=2) or DDP."
+            )
+        elif type(model).__name__ == "DeepSpeedEngine":
+            model = model.module  # type: ignore[assignment]
         else:
             return model, compiled
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer in Accelerate's wrapper."""
-    inner = getattr(optimizer, "optimizer", optimizer)
+    """The torch optimizer in Accelerate's, DeepSpeed's or both wrappers."""
+    inner = optimizer
+    while getattr(inner, "optimizer", None) is not None:
+        inner = inner.optimizer
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     return inner
 
 
+def zero_groups(optimizer: Any) -> list[list[Tensor]] | None:
+    """The model's parameters in each group of DeepSpeed's ZeRO optimizer (stage 1 and 2), which trains flat copies of parts
+    in their place, with one ``step()`` of the torch optimizer for each group. ``None`` where it is none."""
+    while optimizer is not None and not hasattr(optimizer, "bit16_groups"):
+        optimizer = getattr(optimizer, "optimizer", None)
+    return None if optimizer is None else optimizer.bit16_groups
+
+
+def optimizer_groups(optimizer: Any) -> list[tuple[dict[str, Any], list[Tensor]]]:
+    """Parameter groups, and the model's parameters in each."""
+    groups = unwrap_optimizer(optimizer).param_groups
+    members = zero_groups(optimizer) or [group["params"] for group in groups]
+    return list(zip(groups, members, strict=True))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def check_denominator(denominator: Any) -> None:
+    """A loss is divided by one positive number; on an accelerator only its shape is looked at.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if denominator is None:
+        return
+    single = denominator.numel() == 1 if isinstance(denominator, Tensor) else _is_number(denominator)
+    known = not isinstance(denominator, Tensor) or denominator.device.type == "cpu"
+    if not single or (known and not 0 < float(denominator) < math.inf):
+        raise ValueError(
+            f"denominator={denominator!r} must be one positive number: the samples that the loss is a mean over."
+        )
+
+
 def plan_warmup(config: IADAConfig, steps_per_epoch: int, epochs: float | None) -> tuple[int, int]:
     """First optimizer step with augmentation, and first one whose samples enter the class statistics."""
-    if steps_per_epoch < 1:
-        raise ValueError(f"steps_per_epoch={steps_per_epoch} must be at least 1: the number of optimizer steps.")
+    if not _is_number(steps_per_epoch) or steps_per_epoch < 1 or steps_per_epoch % 1:
+        raise ValueError(
+            f"steps_per_epoch={steps_per_epoch!r} must be a whole number >= 1: the optimizer steps in an epoch."
+        )
+    if epochs is not None and (not _is_number(epochs) or epochs <= 0):
+        raise ValueError(f"epochs={epochs!r} must be a positive number, the length of the run, or None.")
     total = None if epochs is None else round(epochs * steps_per_epoch)
     if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps_per_epoch)
@@ -133,8 +184,19 @@ def check_parameters(model: nn.Module, head: nn.Linear, config: IADAConfig) -> d
     if not parameters:
         what = "the classifier" if mode == "head" else "the model"
         raise ValueError(f"{what} has no trainable parameter (requires_grad): there is nothing to augment for.")
-    if any(type(p).__name__ == "DTensor" or hasattr(p, "ds_id") for p in model.parameters()):
-        raise ValueError("parameters are sharded (FSDP, DeepSpeed ZeRO-3): not supported yet; train with DDP.")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError("DeepSpeed ZeRO-3 shards the parameters: use stage 1 or 2, or FSDP2 (fully_shard).")
+    if any(map(is_sharded, model.parameters())):
+        if not is_fsdp(model):
+            raise ValueError(
+                f"{type(model).__name__} has parameters that are spread over processes, but not by fully_shard on the model"
+                " itself (torch >= 2.6): tensor parallelism is not supported; call fully_shard(model) last."
+            )
+        if mode != "head" and (config.schedule == "lookahead" or mode == "forward"):
+            raise ValueError(
+                f"schedule={config.schedule!r} with hypergradient={mode!r} needs whole parameters, and FSDP shards them: use"
+                " IADAConfig(schedule='online'), or hypergradient='head'."
+            )
     sparse = [n for n, m in model.named_modules() if getattr(m, "sparse", False) and isinstance(m, _EMBEDDINGS)]
     if mode != "head" and sparse:
         raise ValueError(f"{sparse[0]} has sparse gradients, which cannot be a displacement: use sparse=False.")
@@ -146,3 +208,9 @@ def check_parameters(model: nn.Module, head: nn.Linear, config: IADAConfig) -> d
             " use hypergradient='forward' or 'head'."
         )
     return parameters
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    signs = ("out of memory", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(s in str(error) for s in signs))

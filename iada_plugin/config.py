@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -118,6 +120,9 @@ class IADAConfig:
     def __post_init__(self) -> None:
         for name, setting in self.__dataclass_fields__.items():
             value = getattr(self, name)
+            if isinstance(value, np.generic):
+                value = value.item()
+                setattr(self, name, value)
             if isinstance(setting.default, bool):
                 self._check(name, isinstance(value, bool), "True or False")
                 continue
@@ -140,6 +145,8 @@ class IADAConfig:
                 wanted = "None or a whole number >= 1" if optional else "a whole number >= 1"
                 self._check(name, 1 <= count < math.inf and count == int(count), wanted)
                 setattr(self, name, int(count))
+        self._check("seed", 0 <= self.seed < 2**32 and self.seed == int(self.seed), "a whole number in [0, 2**32)")
+        self.seed = int(self.seed)
         self._check("meta_momentum", self.meta_momentum is None or 0 <= self.meta_momentum < 1, "None or in [0, 1)")
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
@@ -174,6 +181,17 @@ class IADAConfig:
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON types."""
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
+
+    @classmethod
+    def of(cls, config: IADAConfig | None) -> IADAConfig:
+        """``config``, or the defaults where it is ``None``.
+
+        Raises:
+            TypeError: for anything else.
+        """
+        if config is not None and not isinstance(config, IADAConfig):
+            raise TypeError(f"config is a {type(config).__name__}: pass IADAConfig(...).")
+        return cls() if config is None else config
 
 
 _NUMBERS_OR_NONE = ("warmup_epochs", "meta_updates", "meta_momentum", "meta_batch_size", "virtual_lr")

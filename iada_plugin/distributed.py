@@ -56,14 +56,14 @@ def gather_rows(*tensors: Tensor) -> list[Tensor]:
     return [c.reshape(-1, *t.shape[1:]).to(t.dtype) for c, t in zip(columns, tensors, strict=True)]
 
 
-def global_share(count: int, device: torch.device) -> Tensor | float:
-    """What a mean over ``count`` samples is to be multiplied by, so that its average over processes is the mean over all
-    samples: ``count`` over the average count; 1 where all processes have as many."""
+def global_mean(mean: Tensor, count: int) -> Tensor:
+    """A mean over ``count`` samples, scaled so that its average over processes is the mean over all samples; unchanged
+    where all processes have as many."""
     if world_size() == 1:
-        return 1.0
-    total = torch.tensor(float(count), device=device)
+        return mean
+    total = torch.tensor(float(count), device=mean.device)
     dist.all_reduce(total)
-    return count * world_size() / total
+    return mean * (count * world_size() / total.to(mean.dtype))
 
 
 def on_any_process(flag: bool, device: torch.device) -> bool:

@@ -16,6 +16,7 @@ from .batches import MetaBatches
 from .capture import Capture, Forward
 from .characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .checks import (
+    check_denominator,
     check_labels,
     check_parameters,
     is_soft,
@@ -23,13 +24,15 @@ from .checks import (
     refuse_reentrant_checkpointing,
     unwrap_model,
     unwrap_optimizer,
+    zero_groups,
 )
 from .config import IADAConfig
 from .data.meta import labels_of, require_all_classes
-from .distributed import global_share, on_any_process, world_size
+from .distributed import global_mean, on_any_process
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .meta_step import MetaStep, mean_loss
 from .passes import Passes
+from .sharding import is_fsdp, tie
 from .statistics import Statistics
 
 logger = logging.getLogger(__name__)
@@ -98,18 +101,21 @@ class MetaIADA:
         classifier: str | nn.Module | None = None,
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
-        self.config = config = config or IADAConfig()
-        if not isinstance(config, IADAConfig):
-            raise TypeError(f"config is a {type(config).__name__}: pass IADAConfig(...).")
+        self.config = config = IADAConfig.of(config)
         self.model, compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
         self.epsilon: Tensor | None = None
         self.step, self._calls, self._warned, self._closed = 0, 0, False, False
         self.trained, self._backward = False, False
+        groups = zero_groups(optimizer)
+        self._group_steps, self._groups_in_step = 0, 1 if groups is None else len(groups)
+        # FSDP and DeepSpeed do not accumulate in p.grad.
+        self._gradients_elsewhere = groups is not None or is_fsdp(self.model)
         self.classifier_name, linear = find_classifier(self.model, classifier)
         parameters = check_parameters(self.model, linear, config)
         self._parameters = list(parameters.values())
+        self._trainable = [p.requires_grad for p in self.model.parameters()]
         refuse_reentrant_checkpointing(self.model, config)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
         if "_converted_from" in vars(linear):
@@ -135,7 +141,7 @@ class MetaIADA:
             raise
         self.capture = Capture(self.model, self.head, compiled)
         try:
-            passes = Passes(self.capture, self.optimizer, parameters, self.meta_batches, config)
+            passes = Passes(self.capture, optimizer, parameters, self.meta_batches, config)
             self.meta = self.step_type(passes, len(self.statistics.characteristics))
             passes.check_batch()
         except Exception:
@@ -178,8 +184,13 @@ class MetaIADA:
             ValueError: labels that are no class indices, or soft targets after the warm-up.
             RuntimeError: ``output`` does not come from this model's classifier.
         """
+        if self._closed:
+            raise RuntimeError("this MetaIADA was closed: make a new one, or call close() after the last step.")
         if not isinstance(output, Tensor):
             raise TypeError(f"output is a {type(output).__name__}: pass the logits, for example model(...).logits.")
+        if not isinstance(target, Tensor):
+            raise TypeError(f"target is a {type(target).__name__}: pass a tensor of class indices [N].")
+        check_denominator(denominator)
         if not (torch.is_grad_enabled() and self.model.training):
             if torch.is_grad_enabled() and output.requires_grad and not self._warned:
                 self._warned = True
@@ -187,17 +198,18 @@ class MetaIADA:
                     "the model is in eval mode with gradients on: this loss is plain cross-entropy. Call model.train()"
                     " before training, and evaluate under torch.no_grad()."
                 )
+            if not is_soft(target, output):
+                check_labels(target, output.shape[0], output.shape[-1], always=self.step == 0)
+                target = target.long()
             return F.cross_entropy(output, target)
-        if output.device != self.capture.device:
-            raise RuntimeError(
-                f"the model is on {output.device}, but MetaIADA was made while it was on {self.capture.device}: move the"
-                " model first, then make MetaIADA."
-            )
+        self.capture.settle()
         # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
         with torch.autocast(output.device.type, enabled=False):
             loss = self._training_loss(output, target, denominator)
-        if denominator is None and world_size() > 1:
-            loss = loss * global_share(output.shape[0], output.device)
+        if denominator is None:
+            loss = global_mean(loss, output.shape[0])
+        if self.capture.sharded:
+            loss = tie(loss, [output])
         if loss.requires_grad:
             loss.register_hook(self._note_backward)
         return loss
@@ -223,6 +235,11 @@ class MetaIADA:
         features = forward.features
         try:
             if first and self._meta_step_due:
+                if [p.requires_grad for p in self.model.parameters()] != self._trainable:
+                    raise RuntimeError(
+                        "parameters were frozen or unfrozen (requires_grad) after MetaIADA was made: close() it and make a new"
+                        " one, which can take over its state_dict()."
+                    )
                 features = self.meta(forward, target, f, self.step)
             epsilon = self.meta.epsilon(f)
             loss = self.meta.train_loss(features, target, epsilon, denominator)
@@ -264,8 +281,11 @@ class MetaIADA:
         )
 
     def _after_optimizer_step(self, *_: Any) -> None:
-        self._flush()
-        self.step += 1
+        self._group_steps += 1
+        if self._group_steps >= self._groups_in_step:
+            self._group_steps = 0
+            self._flush()
+            self.step += 1
 
     def _flush(self) -> None:
         self._backward = False
@@ -276,7 +296,7 @@ class MetaIADA:
         """A GradScaler that finds an overflow leaves ``optimizer.step()`` out, and with it the hook. The step is over
         nevertheless, if gradients were cleared after a backward pass or, where they are cleared later, overflowed: what comes
         now is the first micro-batch of the next one, not a further one of the same."""
-        if not (self.statistics.pending and self._backward):
+        if not (self.statistics.pending and self._backward) or self._gradients_elsewhere:
             return
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         over = not gradients

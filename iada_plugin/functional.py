@@ -26,6 +26,45 @@ from .variance import (
 )
 
 
+def _indices(labels: Tensor | None, n: int | None, num_classes: int) -> Tensor:
+    """The labels as int64. Their values are looked at on a CPU only, and not in a compiled function.
+
+    Raises:
+        ValueError: labels that are no class indices ``[n]``, or of any length where ``n`` is ``None``.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels={labels!r:.40}: IADA needs a tensor [N] of class indices.")
+    if not torch.compiler.is_compiling():
+        from .checks import check_labels  # which stands on this module
+
+        check_labels(labels, labels.numel() if n is None else n, num_classes, always=False)
+    return labels.long()
+
+
+def _check_shapes(
+    weight: Tensor,
+    n: int,
+    covariance: Covariance | None,
+    features: Tensor | None = None,
+    epsilon: Tensor | None = None,
+    log_prior: Tensor | None = None,
+) -> None:
+    """Refuse what does not fit a weight ``[C, H]`` and n samples."""
+    c, h = weight.shape
+    low = isinstance(covariance, LowRank)
+    diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
+    for name, value, *wanted in (
+        ("features", features, (n, h)),
+        ("epsilon", epsilon, (n,)),
+        ("log_prior", log_prior, (c,)),
+        ("covariance", diagonal, (c, h), *([] if low else [(c, h, h)])),
+        ("covariance.factor", factor, (c, h, *(() if factor is None else factor.shape[-1:]))),
+    ):
+        if value is not None and tuple(value.shape) not in wanted:
+            raise ValueError(f"{name} has shape {list(value.shape)}: it must be {' or '.join(str([*s]) for s in wanted)} with"
+                             f" {n} samples, {c} classes and {h} features.")  # fmt: skip
+
+
 def _toward_others(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """``sum_{j != y} p_j / (1 - p_y) w_j - w_y``, ``[N, H]``: how the others' lead over the own class grows with h.
 
@@ -50,7 +89,7 @@ def perturbation_direction(logits: Tensor, weight: Tensor, labels: Tensor) -> Te
     Returns:
         ``[N, H]`` of -1, 0 and 1.
     """
-    return _toward_others(logits, weight, labels).sign_()
+    return _toward_others(logits, weight, _indices(labels, len(logits), len(weight))).sign_()
 
 
 @torch.no_grad()
@@ -69,7 +108,7 @@ def margin_scale(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     Returns:
         ``[N]``.
     """
-    return _unit_margin(_toward_others(logits, weight, labels))
+    return _unit_margin(_toward_others(logits, weight, _indices(labels, len(logits), len(weight))))
 
 
 def _unit_margin(toward: Tensor) -> Tensor:
@@ -97,7 +136,9 @@ def variance_term(weight: Tensor, labels: Tensor, covariance: Covariance) -> Ten
         ``[N, C]``, zero in each sample's own class. Only the classes present in ``labels`` are computed, and only their
         covariances receive a gradient; nothing of size ``N x C x H`` is built.
     """
-    classes, inverse = present_classes(labels, weight.shape[0])
+    labels = _indices(labels, None, len(weight))
+    _check_shapes(weight, len(labels), covariance)
+    classes, inverse = present_classes(labels, len(weight))
     return class_variance_term(weight, classes, take(covariance, classes))[inverse]
 
 
@@ -230,10 +271,16 @@ def iada_logits(
 
     Returns:
         ``[N, C]``, differentiable once. With every term zero it equals ``F.linear(features, weight, bias)`` bit for bit.
+
+    Raises:
+        ValueError: labels or a shape that do not fit.
     """
     low = isinstance(covariance, LowRank)
     diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
     used = covariance is not None and alpha != 0
+    _check_shapes(weight, features.shape[0], covariance, features, epsilon, log_prior)
+    if used or epsilon is not None:
+        labels = _indices(labels, features.shape[0], weight.shape[0])
     return _IADALogits.apply(  # type: ignore[no-any-return, no-untyped-call]
         features, weight, bias, labels, epsilon, diagonal if used else None, factor if used else None,
         log_prior if beta != 0 else None, alpha, beta, fixed_shift, in_margin,

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
+from .checks import check_labels
 from .covariance import Covariance, LowRank, covariance_shapes, update_class_statistics, variances
+from .sharding import FSDPModule, is_fsdp, whole
 
 _BUFFERS = ("class_count", "class_mean", "covariance", "covariance_factor", "log_prior")
 
@@ -78,6 +80,7 @@ class IADAHead(nn.Linear):
 
         Raises:
             TypeError: where ``linear`` is no ``nn.Linear`` (quantised and LoRA layers among them).
+            ValueError: a ``LazyLinear`` that has not seen a batch.
         """
         _require_linear(linear, "linear")
         head = cls.__new__(cls)
@@ -116,11 +119,14 @@ class IADAHead(nn.Linear):
             class_counts: ``[C]`` samples per class, or proportions.
 
         Raises:
-            ValueError: for another length, a negative or non-finite value, or all zeros.
+            ValueError: for what is no list of numbers, another length, a negative or non-finite value, or all zeros.
         """
-        if isinstance(class_counts, dict):
-            raise ValueError("class_counts is a dict: give a list of one count per class, in label order.")
-        counts = torch.as_tensor(class_counts).detach().cpu().double()
+        try:
+            counts = torch.as_tensor(class_counts).detach().cpu().double()
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(
+                f"class_counts={class_counts!r:.80}: give a list of one number per class, in label order."
+            ) from None
         if counts.shape != (self.out_features,):
             raise ValueError(
                 f"class_counts has shape {list(counts.shape)}; the classifier has {self.out_features} classes and needs"
@@ -146,13 +152,23 @@ class IADAHead(nn.Linear):
         """Merge features ``[N, H]`` with labels ``[N]`` into the class means and covariances.
 
         Args:
-            features: ``[N, H]``.
+            features: ``[N, H]``; a sample with NaN or Inf among them does not count.
             labels: ``[N]``.
             means_only: leave covariances and counts alone, let the means follow as moving averages.
             weight: ``[N]`` of 0 and 1, which samples count; all by default.
+
+        Raises:
+            ValueError: labels that are no class indices (their range is looked at on a CPU only).
         """
+        if labels.numel() == 0:
+            return
+        check_labels(labels, features.shape[0], self.out_features, always=False)
+        features = features.detach().to(self.class_mean.dtype)
+        # A weight, because picking rows would wait for the device.
+        finite = features.isfinite().all(dim=1)
+        weight = finite if weight is None else finite & (weight > 0)
         covariance = None if means_only else self.class_covariance
-        update_class_statistics(self.class_count, self.class_mean, covariance, features.detach(), labels, weight)
+        update_class_statistics(self.class_count, self.class_mean, covariance, features, labels.long(), weight)
 
     def feature_std(self) -> Tensor:
         """Root mean variance of each class's features: ``[C]``."""
@@ -183,10 +199,10 @@ class IADAHead(nn.Linear):
             ``[N, C]`` in the precision of the statistics.
         """
         dtype = self.covariance.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = None if self.bias is None else whole(self.bias).to(dtype)
         return functional.iada_logits(
             features.to(dtype),
-            self.weight.to(dtype),
+            whole(self.weight).to(dtype),
             bias,
             labels,
             epsilon,
@@ -210,7 +226,8 @@ def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto", covariance_r
     """
     _require_linear(linear, "the classifier")
     original = type(linear)
-    linear.__class__ = IADAHead
+    # fully_shard makes a class of its own for the modules that it is called on.
+    linear.__class__ = type("FSDPIADAHead", (FSDPModule, IADAHead), {}) if is_fsdp(linear) else IADAHead
     try:
         linear._init_statistics(covariance, covariance_rank)  # type: ignore[attr-defined, operator]
     except Exception:
@@ -315,6 +332,8 @@ def _linear_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str:
 def _require_linear(module: nn.Module, what: str) -> None:
     # timm's Linear differs from nn.Linear under torch.jit only.
     plain = type(module).forward is nn.Linear.forward or type(module).__module__ == "timm.layers.linear"
+    if isinstance(module, nn.LazyLinear):
+        raise ValueError(f"{what} is lazy, without a weight yet: run one batch through the model first.")
     if isinstance(module, nn.Linear) and plain:
         return
     kind = type(module).__name__

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import sharding
 from .covariance import Covariance, LowRank, present_classes, take
 from .functional import direction_and_scale
 from .variance import class_variance_term, covariance_gradient, low_rank_gradient, variance_tangent
@@ -35,7 +36,7 @@ def displaced(parameters: Sequence[Tensor], displacement: Sequence[Tensor]) -> I
     The edit goes through ``.data``: autograd graphs that saved the parameters stay valid, since they see the old values
     again when they run. (Subtracting what was added would leave rounding errors.)
     """
-    data = [p.data for p in parameters]
+    data = [sharding.local(p.data) for p in parameters]
     saved = [d.clone() for d in data]
     try:
         torch._foreach_add_(data, list(displacement))
@@ -90,8 +91,9 @@ def displaced_features(
         at the parameters, over the distance. Relative error in float32 about 1e-3 for transformers, 1e-2 for networks with
         BatchNorm and ReLU.
     """
-    size = torch.stack(torch._foreach_norm(list(parameters))).norm()
-    length = torch.stack(torch._foreach_norm(list(direction))).norm()
+    sharded = any(map(sharding.is_sharded, parameters))
+    size = sharding.norm([sharding.local(p) for p in parameters], sharded)
+    length = sharding.norm(direction, sharded)
     distance = RELATIVE_STEP[parameters[0].dtype] * size / length.clamp_min(torch.finfo(length.dtype).tiny)
     with displaced(parameters, torch._foreach_mul(list(direction), distance)):
         return features_at(), distance

@@ -14,21 +14,17 @@ from torch import Tensor
 from . import hypergradient as hg
 from .batches import MetaLoaderError
 from .capture import Forward
+from .checks import is_out_of_memory
 from .covariance import Covariance, LowRank, plain_step, put, relative_step, take
 from .distributed import gather_rows, world_size
 from .head import IADAHead
 from .passes import Passes
 from .perturbation import EpsilonLog, PerturbationNetwork
+from .sharding import whole
 from .tangents import Tangent
 
 #: A run whose meta steps fail so many times in a row is stopped.
 PATIENCE = 100
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)  # torch >= 2.5
-    return isinstance(error, (kind, MemoryError)) or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
@@ -153,8 +149,9 @@ class MetaStep:
         """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step."""
         head = self.head
         dtype = head.covariance.dtype
-        weight = head.weight.to(dtype)
-        dots = [None if t is None else t.to(dtype) for t in (head.bias, tangent.weight_dot, tangent.bias_dot)]
+        weight = whole(head.weight).to(dtype)
+        own = None if head.bias is None else whole(head.bias)
+        dots = [None if t is None else t.to(dtype) for t in (own, tangent.weight_dot, tangent.bias_dot)]
         bias, weight_dot, bias_dot = dots
         features, features_dot, labels, f = gather_rows(
             tangent.features.to(dtype), tangent.features_dot.to(dtype), labels, f

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import hypergradient as hg
+from . import sharding
 from .batches import MetaBatches
 from .capture import Capture, Forward, isolated, seed_rng
-from .checks import check_labels
+from .checks import check_labels, is_out_of_memory
 from .config import IADAConfig
-from .distributed import weighted_average_
+from .distributed import global_mean, weighted_average_
 from .tangents import Probe, Tangent, Tangents
 from .virtual_step import LossScale, VirtualStep, loss_gradient
 
@@ -33,7 +34,7 @@ class Passes:
     def __init__(
         self,
         capture: Capture,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         parameters: dict[str, nn.Parameter],
         batches: MetaBatches,
         config: IADAConfig,
@@ -43,6 +44,8 @@ class Passes:
         #: Running average of the meta gradient, one tensor a parameter; with ``meta_momentum``, from the first step on.
         self.average: list[Tensor] | None = None
         self._values = list(parameters.values())
+        place = {id(p): k for k, p in enumerate(self._values)}
+        self._head_places = place.get(id(self.head.weight)), place.get(id(self.head.bias))
         self.virtual = VirtualStep(optimizer, self._values, config)
         self.tangents = Tangents(capture, parameters, config)
         self.scaling = LossScale(capture.device)
@@ -61,8 +64,21 @@ class Passes:
             ValueError: naming what is wrong.
         """
         with isolated(self.capture):
-            _, labels = self.batches.peek(self.config.seed)
-        check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
+            (args, kwargs), labels = self.batches.peek(self.config.seed)
+            check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
+            cast = self.head.weight.dtype if self.head.weight.dtype == torch.float32 else None
+            try:
+                with torch.no_grad():
+                    features = self.capture.features_of(args, kwargs, cast=cast).features
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ValueError(
+                    f"the model cannot run a meta batch ({type(error).__name__}: {error}): meta_loader has to yield inputs in"
+                    " the form of the training batches."
+                ) from error
+        if features.shape[0] != labels.shape[0] and features.dim() == 2:  # type: ignore[union-attr]
+            raise ValueError(f"a meta batch has {features.shape[0]} inputs and {labels.shape[0]} labels.")  # type: ignore[union-attr]
 
     def before(self, forward: Forward, step: int) -> None:
         """The part of an online step that needs the training batch's inputs only. Taken before its pass, whose activations
@@ -144,16 +160,31 @@ class Passes:
     def _virtual_step(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int) -> list[Tensor]:
         """Displacement of the parameters (Eq. 7)."""
         loss = train_loss(forward.features.detach() if self.head_only else forward.features)  # type: ignore[union-attr, arg-type]
-        move = self._gradient(loss, forward, retain_graph=not self._releases_graph)
-        weighted_average_(move, n)
+        move, _ = self._gradient(loss, forward, n, retain_graph=not self._releases_graph)
         rates, _ = self.virtual.rates()
         return self.virtual.scale_(move, [-r for r in rates])
 
     # --------------------------------------------------------------------------------------------------- meta gradient
 
-    def _gradient(self, loss: Tensor, forward: Forward, retain_graph: bool = False) -> list[Tensor]:
+    def _gradient(
+        self, loss: Tensor, forward: Forward, n: int, retain_graph: bool = False
+    ) -> tuple[list[Tensor], Tensor]:
+        """Gradient of a mean over ``n`` samples, and its value, both averaged over the samples of all processes."""
         scale = self.scaling.scale if forward.autocast_dtype == torch.float16 else None
-        return loss_gradient(loss, self._values, scale, retain_graph)
+        value = loss.detach().clone()
+        if not self.capture.sharded:
+            gradient = loss_gradient(loss, self._values, scale, retain_graph)
+            weighted_average_([*gradient, value], n)
+            return gradient, value
+        loss = global_mean(loss, n)
+        if self.head_only:
+            gradient = [sharding.local(g) for g in loss_gradient(loss, self._values, scale, retain_graph)]
+        else:
+            loss = sharding.tie(loss if scale is None else loss * scale, forward.outputs)
+            gradient = sharding.backward_gradient(loss, self._values, self.capture.model)
+            gradient = gradient if scale is None else [g / scale for g in gradient]
+        weighted_average_([value], n)
+        return gradient, value
 
     def _draw(self, step: int) -> Any:
         """The next meta batch; its augmentation, and the meta pass after it, run from a seed of the step's own."""
@@ -171,15 +202,13 @@ class Passes:
         check_labels(labels, forward.features.shape[0], self.head.out_features, always=not self._checked)  # type: ignore[union-attr]
         self._checked, labels = True, labels.long()
         loss = F.cross_entropy(self.head.iada_logits(forward.features, None, alpha=0, beta=0), labels)  # type: ignore[arg-type]
-        v = self._gradient(loss, forward)
-        loss = loss.detach().clone()
-        weighted_average_([*v, loss], labels.numel())
-        return loss, v
+        v, value = self._gradient(loss, forward, labels.numel())
+        return value, v
 
     def _averaged(self, meta_loss: Tensor, v: list[Tensor]) -> Tensor:
         """Turn the last meta gradient into the running average, in place; returns whether it was finite (else it is left
         out)."""
-        fine = torch.isfinite(meta_loss) & torch.isfinite(torch.stack(torch._foreach_norm(v))).all()
+        fine = torch.isfinite(meta_loss) & torch.isfinite(sharding.norm(v, self.capture.sharded))
         if self.config.momentum:
             old = self.average or [torch.zeros_like(t) for t in v]
             if fine.device.type != "cpu" or not bool(fine):  # on a CPU looking costs nothing, and saves the copies
@@ -195,10 +224,11 @@ class Passes:
         fine = self._averaged(meta_loss, v)
         _, eta = self.virtual.rates()
         direction = self._direction(v)
-        own = {id(p): d for p, d in zip(self._values, direction, strict=True)}
-        probe = Probe(
-            step, meta_loss, fine, eta, own.get(id(self.head.weight)), own.get(id(self.head.bias)), inputs, direction
+        weight_dot, bias_dot = (
+            None if place is None else sharding.whole_like(direction[place], self._values[place])
+            for place in self._head_places
         )
+        probe = Probe(step, meta_loss, fine, eta, weight_dot, bias_dot, inputs, direction)
         self._go_along(probe, inputs)
         if self.config.momentum > 0:  # the average gives the direction again where that is needed
             probe.average, probe.direction = v, None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .sharding import part_like, whole_like
+
 if TYPE_CHECKING:
     from .engine import MetaIADA
 
@@ -24,8 +26,8 @@ def collect(engine: MetaIADA) -> dict[str, Tensor]:
         found |= {f"meta_optimizer.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
     if engine.meta.passes.average is not None:
         found |= {
-            f"meta_gradient.{k}": v
-            for k, v in zip(engine.meta.passes.parameters, engine.meta.passes.average, strict=True)
+            f"meta_gradient.{k}": whole_like(v, p)
+            for (k, p), v in zip(engine.meta.passes.parameters.items(), engine.meta.passes.average, strict=True)
         }
     found |= {f"means.{k}": v for k, v in engine.statistics.means.state_dict().items()}
     found |= {f"head.{k}": v for k, v in engine.head.named_buffers()}
@@ -44,6 +46,10 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     Raises:
         ValueError: missing or unknown entries, or other shapes.
     """
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"a Meta-IADA state is a dict of tensors, as state_dict() gives it, not {type(state).__name__}."
+        )
     # Adam's state and the average exist from the first meta step on.
     later = ("meta_optimizer.", "meta_gradient.")
     own = {k: v for k, v in collect(engine).items() if not k.startswith(later)}
@@ -63,9 +69,13 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
         for k, v in own.items()
         if k in given and given[k].shape != v.shape
     ]
+    problems += [f"{k} is not finite" for k, v in given.items() if k in own and not bool(torch.isfinite(v).all())]
+    problems += [f"{k} is negative" for k in ("counters", "meta_position") if k in given and bool((given[k] < 0).any())]
     if problems:
         more = f" ({len(problems)} differences)" if len(problems) > 3 else ""
-        raise ValueError(f"this Meta-IADA state is of another model or setting: {'; '.join(problems[:3])}{more}.")
+        raise ValueError(
+            f"this Meta-IADA state is damaged, or of another model or setting: {'; '.join(problems[:3])}{more}."
+        )
     engine.meta_batches.move_to(given["meta_position"].tolist())
     engine.meta.perturbation.load_state_dict(_with_prefix(given, "perturbation."))
     entries: dict[int, dict[str, Tensor]] = {}
@@ -82,9 +92,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     engine.warmup_steps, engine.statistics_start = plan
     engine.statistics.reset(bool(prior_known))
     engine.meta.passes.forget()
-    engine.meta.passes.average = (
-        [average[k].to(p, copy=True) for k, p in parameters.items()] if average and kept else None
-    )
+    engine.meta.passes.average = [part_like(average[k], p) for k, p in parameters.items()] if average and kept else None
     engine.meta.passes.scaling.scale, engine.meta.passes.scaling.streak = given["loss_scale"].to(
         engine.capture.device, copy=True
     )

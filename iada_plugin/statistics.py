@@ -14,6 +14,7 @@ from .covariance import variances
 from .distributed import gather_rows
 from .head import IADAHead
 from .perturbation import EpsilonLog, PerturbationNetwork
+from .sharding import whole
 
 
 class Statistics:
@@ -27,7 +28,13 @@ class Statistics:
     """
 
     def __init__(self, head: IADAHead, config: IADAConfig, characteristics: Sequence[Characteristic]) -> None:
-        self.head, self.config, self.characteristics = head, config, tuple(characteristics)
+        try:
+            functions = () if isinstance(characteristics, str) else tuple(characteristics)
+        except TypeError:
+            functions = ()
+        if not functions or not all(map(callable, functions)):
+            raise ValueError(f"characteristics={characteristics!r} must be a list of functions BatchState -> [N].")
+        self.head, self.config, self.characteristics = head, config, functions
         self.means = RunningMeans(head.out_features, device=head.weight.device, dtype=head.covariance.dtype)
         self.label_count = torch.zeros_like(head.class_count)
         self.prior_known = bool(head.log_prior.any())
@@ -100,7 +107,7 @@ class Statistics:
             features=features,
             logits=forward.logits.detach().to(dtype),  # type: ignore[union-attr]
             labels=labels,
-            weight=head.weight.detach().to(dtype),
+            weight=whole(head.weight.detach()).to(dtype),
             class_mean=head.class_mean,
             class_spread=variances(head.class_covariance).sum(dim=1),
             class_proportion=counts / counts.sum().clamp_min(torch.finfo(dtype).tiny),

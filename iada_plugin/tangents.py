@@ -92,7 +92,13 @@ class Tangents:
                 f"{type(self.capture.model).__name__} changes its input in place, so that a repeated pass sees another one."
                 " Work on a copy in its forward, or use IADAConfig(hypergradient='head')."
             )
-        return found.features  # type: ignore[return-value]
+        features: Tensor = found.features  # type: ignore[assignment]
+        if self.config.hypergradient == "finite_difference" and features.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"the features are {features.dtype} although autocast is off (FSDP's MixedPrecisionPolicy?): their differences"
+                " are noise. Use float32 there and autocast, or IADAConfig(hypergradient='head')."
+            )
+        return features
 
     @torch.no_grad()
     def _base(self, inputs: Forward) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .checks import plan_warmup
 from .config import IADAConfig
 from .engine import MetaIADA
 
@@ -36,7 +37,7 @@ class MetaIADATask(ClassificationTask):
         meta_loader, steps_per_epoch, class_counts, epochs, config, classifier: as for `MetaIADA`.
 
     Raises:
-        ValueError: naming train.py's flag that has to change.
+        ValueError: naming train.py's flag that has to change, or ``steps_per_epoch`` or ``epochs``.
     """
 
     engine: MetaIADA | None
@@ -59,6 +60,9 @@ class MetaIADATask(ClassificationTask):
         classifier: str | None = None,
     ) -> None:
         _check_criterion(criterion, criterion_kwargs or {})
+        config = IADAConfig.of(config)
+        if optimizer is None:  # else said by the engine, below
+            plan_warmup(config, steps_per_epoch, epochs)
         # The base class holds the plain criterion; training calls the engine.
         super().__init__(model, nn.CrossEntropyLoss(), device=device, dtype=dtype, verbose=verbose)
         self._options: dict[str, Any] = {

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from .checks import REENTRANT
+from .checks import REENTRANT, optimizer_groups, unwrap_optimizer
 from .config import IADAConfig
+from .sharding import local
 
 
 class VirtualStep:
@@ -21,10 +24,25 @@ class VirtualStep:
         ValueError: ``virtual_step="adaptive"`` with an optimizer that does not keep second moments as Adam does.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], config: IADAConfig) -> None:
-        self.optimizer, self.parameters, self.config = optimizer, parameters, config
-        if config.virtual_step == "adaptive" and any(len(g.get("betas", ())) != 2 for g in optimizer.param_groups):
+    def __init__(self, optimizer: Any, parameters: list[nn.Parameter], config: IADAConfig) -> None:
+        self._given, self.optimizer = optimizer, unwrap_optimizer(optimizer)
+        self.parameters, self.config = parameters, config
+        known = {id(p) for _, members in self.groups for p in members}
+        if known.isdisjoint(map(id, parameters)):
+            raise ValueError(
+                "the optimizer holds none of the model's trainable parameters: pass the one that trains this very model, and"
+                " make MetaIADA after both were prepared (Accelerate, fully_shard, DeepSpeed)."
+            )
+        owned = {id(p) for group, _ in self.groups for p in group["params"]}
+        if config.virtual_step == "adaptive" and owned.isdisjoint(map(id, parameters)):
+            raise ValueError("DeepSpeed keeps second moments in a form of its own: use virtual_step='sgd'.")
+        if config.virtual_step == "adaptive" and any(len(g.get("betas", ())) != 2 for g, _ in self.groups):
             raise self._not_adam()
+
+    @property
+    def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
+        """Parameter groups of the optimizer, which makes new ones when it loads a state, and the model's parameters in each."""
+        return optimizer_groups(self._given)
 
     def _not_adam(self) -> ValueError:
         return ValueError(
@@ -36,7 +54,7 @@ class VirtualStep:
         """eta_1 of each parameter, and the largest of them."""
         if self.config.virtual_lr is not None:
             return [self.config.virtual_lr] * len(self.parameters), self.config.virtual_lr
-        rate = {id(p): float(group["lr"]) for group in self.optimizer.param_groups for p in group["params"]}
+        rate = {id(p): float(group["lr"]) for group, members in self.groups for p in members}
         rates = [rate.get(id(p), 0.0) for p in self.parameters]
         if max(rates) > 0:
             return rates, max(rates)
@@ -53,19 +71,19 @@ class VirtualStep:
     def _scaling(self) -> list[Tensor]:
         """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v (of amsgrad their maximum). Zero where v is zero: an
         entry that no gradient has reached yet, a rare word's say, would outweigh all others a millionfold."""
-        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group, members in self.groups for p in members}
         scaling = []
         for p in self.parameters:
             state, group = self.optimizer.state.get(p), groups.get(id(p))
             if not state or group is None:
-                scaling.append(torch.zeros_like(p))
+                scaling.append(torch.zeros_like(local(p)))
                 continue
             second, step = state.get("max_exp_avg_sq", state.get("exp_avg_sq")), state.get("step", group.get("step"))
             if second is None or step is None:
                 raise self._not_adam()
             if isinstance(step, Tensor) and step.device.type == "cpu":
                 step = float(step)
-            root = (second / (1 - group["betas"][1] ** step)).sqrt_()
+            root = (local(second) / (1 - group["betas"][1] ** step)).sqrt_()
             scaling.append(torch.where(root > 0, 1 / (root + group.get("eps", 1e-8)), 0))
         return scaling
 

@@ -471,7 +471,7 @@ def test_meta_sets():
     def start(loader, **options):
         MetaIADA(
             model,
-            optimizer,
+            torch.optim.SGD(model.parameters(), lr=0.1),
             meta_loader=loader,
             steps_per_epoch=1,
             epochs=2,

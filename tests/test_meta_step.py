@@ -284,7 +284,11 @@ def test_a_meta_batch_that_is_not_finite_changes_nothing(config, first):
         assert loss.isfinite()
         after = iada.state_dict()
         # Statistics of the training batch do move.
-        learned = [k for k in after if k.startswith(("perturbation.h", "perturbation.o", "meta_o", "meta_g", "head.covariance"))]
+        learned = [
+            k
+            for k in after
+            if k.startswith(("perturbation.h", "perturbation.o", "meta_o", "meta_g", "head.covariance"))
+        ]
         for key in learned:
             unchanged = torch.equal(after[key], before[key]) if key in before else not after[key].any()
             assert unchanged or not is_bad, key

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .meta import as_labels
+from .meta import as_labels, class_counts, whole_numbers
 
 
 def attribute_clusters(features: Any, labels: Sequence[int] | Any, num_clusters: int = 6, seed: int = 0) -> np.ndarray:
@@ -102,13 +102,18 @@ def glt_splits(
         seed: of the draws.
 
     Raises:
-        ValueError: lengths that do not fit, or a class and attribute without enough rows for one test row.
+        ValueError: lengths that do not fit, numbers that are not positive, or a class and attribute without enough rows for
+            one test row.
     """
     labels, clusters = as_labels(labels), np.asarray(clusters)
-    num_classes, share = len(counts), np.asarray(shares, dtype=float) / np.sum(shares)
-    if clusters.shape != labels.shape or labels.max() >= num_classes:
-        raise ValueError(f"need clusters [N] and counts for every class: {len(labels)} labels up to {labels.max()},"
-                         f" clusters {list(clusters.shape)}, {num_classes} counts.")  # fmt: skip
+    counts = class_counts(counts, labels, least=1)
+    test_per_cell = whole_numbers("test_per_cell", test_per_cell, least=1)
+    num_classes, share = len(counts), np.asarray(shares, dtype=float)
+    if not (np.isfinite(share) & (share > 0)).all():
+        raise ValueError(f"shares={shares} must be positive.")
+    share = share / share.sum()
+    if clusters.shape != labels.shape:
+        raise ValueError(f"clusters must be [N] with N = {len(labels)}, got {list(clusters.shape)}.")
     num_clusters = int(clusters.max()) + 1
     if num_clusters < len(share):
         raise ValueError(f"{num_clusters} clusters cannot make {len(share)} attributes.")

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .meta import check_share, whole_numbers
+
 GROUPS = ("low digits, green", "low digits, red", "high digits, green", "high digits, red")
 
 
@@ -53,13 +55,17 @@ def colored_digits(
         seed: of the draws.
 
     Raises:
-        ValueError: shapes that do not fit, or more rows asked for than there are.
+        ValueError: shapes that do not fit, a probability outside [0, 1], a negative size, or more rows asked for than there
+            are.
     """
     images, digits = np.asarray(images), np.asarray(digits)
     if images.ndim != 3 or digits.shape != images.shape[:1]:
         raise ValueError(f"images must be [N, H, W] and digits [N], got {list(images.shape)} and {list(digits.shape)}.")
+    check_share("label_noise", label_noise)
+    for noise in colour_noise:
+        check_share("colour_noise", noise)
     n = len(digits)
-    sizes = sizes or (n // 2, n // 6, n - n // 2 - n // 6)
+    sizes = (n // 2, n // 6, n - n // 2 - n // 6) if sizes is None else whole_numbers("sizes", sizes)
     if sum(sizes) > n:
         raise ValueError(f"sizes={sizes} are more than the {n} images.")
     grey = images.astype(np.float32) / (255 if np.issubdtype(images.dtype, np.integer) else 1)

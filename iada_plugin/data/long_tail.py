@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .meta import as_labels
+from .meta import as_labels, class_counts
 
 
 def long_tail_counts(num_classes: int, n_max: int, imbalance_ratio: float) -> list[int]:
@@ -27,7 +27,7 @@ def long_tail_counts(num_classes: int, n_max: int, imbalance_ratio: float) -> li
     Raises:
         ValueError: an argument out of range, or a class left without a sample.
     """
-    if num_classes < 2 or n_max < 1 or imbalance_ratio < 1:
+    if not (num_classes >= 2 and n_max >= 1 and imbalance_ratio >= 1):  # NaN is neither
         raise ValueError(f"need num_classes >= 2, n_max >= 1 and imbalance_ratio >= 1, got {num_classes}, {n_max},"
                          f" {imbalance_ratio}.")  # fmt: skip
     counts = [int(n_max * imbalance_ratio ** (-j / (num_classes - 1))) for j in range(num_classes)]
@@ -48,12 +48,12 @@ def long_tail_subset(labels: Sequence[int] | Any, counts: Sequence[int], seed: i
         Sorted row indices.
 
     Raises:
-        ValueError: a class has fewer rows than asked for.
+        ValueError: a class has fewer rows than asked for, or no count; a count that is no whole number from 0 on.
     """
     labels = as_labels(labels)
     rng = np.random.default_rng(seed)
     rows: list[np.ndarray] = []
-    for j, count in enumerate(counts):
+    for j, count in enumerate(class_counts(counts, labels)):
         own = np.flatnonzero(labels == j)
         if len(own) < count:
             raise ValueError(f"class {j} has {len(own)} rows, {count} are asked for: lower n_max.")

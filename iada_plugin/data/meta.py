@@ -35,16 +35,16 @@ def balanced_meta_split(
         Sorted row indices of the meta set and of the rest; disjoint, together all rows.
 
     Raises:
-        ValueError: wrong shapes, or too few rows.
+        ValueError: wrong shapes, a ``per_group`` that is no whole number from 1 on, or too few rows.
 
     Example:
         >>> meta, rest = balanced_meta_split([0, 0, 0, 0, 1, 1], per_group=1)
         >>> len(meta), len(rest)
         (2, 4)
     """
-    labels = as_labels(labels)
-    if per_group < 1 or short not in ("error", "half"):
-        raise ValueError(f"per_group={per_group} must be at least 1 and short={short!r} 'error' or 'half'.")
+    labels, per_group = as_labels(labels), whole_numbers("per_group", per_group, least=1)
+    if short not in ("error", "half"):
+        raise ValueError(f"short={short!r} must be 'error' or 'half'.")
     member = np.asarray(labels if groups is None else groups)
     if member.shape[0] != labels.shape[0] or member.ndim > 2:
         raise ValueError(f"groups must be [N] or [N, G] with N = {len(labels)}, got shape {list(member.shape)}.")
@@ -105,6 +105,41 @@ def as_labels(data: Any) -> np.ndarray:
     if labels.min() < 0:
         raise ValueError(f"labels must not be negative, got {labels.min()}.")
     return labels.astype(np.int64)
+
+
+def whole_numbers(name: str, values: Any, least: int = 0) -> Any:
+    """``values``, a number or a list of them, as Python's whole numbers.
+
+    Raises:
+        ValueError: with the argument's ``name``: values that are fractions or below ``least``, or no numbers.
+    """
+    array = np.asarray(values)
+    if array.dtype.kind not in "iuf" or not (np.isfinite(array) & (array >= least) & (array == np.floor(array))).all():
+        wanted = "a whole number" if np.isscalar(values) else "a list of whole numbers"
+        raise ValueError(f"{name}={values!r:.80} must be {wanted} >= {least}.")
+    return array.astype(np.int64).tolist()
+
+
+def class_counts(counts: Any, labels: np.ndarray, least: int = 0) -> list[int]:
+    """``[C]`` counts for the classes of ``labels``, checked.
+
+    Raises:
+        ValueError: counts that are no whole numbers from ``least`` on, or fewer of them than classes.
+    """
+    numbers = whole_numbers("counts", counts, least)
+    if not isinstance(numbers, list) or len(numbers) <= labels.max():
+        raise ValueError(f"counts={counts!r:.80}: one is needed for every class, and labels go up to {labels.max()}.")
+    return numbers
+
+
+def check_share(name: str, value: float) -> None:
+    """Refuse what is no share.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name}={value} must be in [0, 1], such as 0.4 for 40 %.")
 
 
 def labels_of(data: Any) -> torch.Tensor | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .meta import as_labels
+from .meta import as_labels, check_share
 
 NOISE_KINDS = ("uniform", "flip1", "flip2")
 
@@ -33,8 +33,7 @@ def transition_matrix(kind: str, rate: float, num_classes: int, seed: int = 0) -
     """
     if kind not in NOISE_KINDS:
         raise ValueError(f"noise {kind!r} is unknown: use one of {', '.join(map(repr, NOISE_KINDS))}.")
-    if not 0 <= rate <= 1:
-        raise ValueError(f"rate={rate} must be in [0, 1], such as 0.4 for 40 %.")
+    check_share("rate", rate)
     others = {"uniform": 0, "flip1": 1, "flip2": 2}[kind]
     if num_classes < max(2, others + 1):
         raise ValueError(f"noise {kind!r} needs at least {max(2, others + 1)} classes, got {num_classes}.")
@@ -72,7 +71,7 @@ def noisy_labels(
         (0.6, [0.6, 0.6, 0.6])
     """
     true = as_labels(labels)
-    num_classes = num_classes or int(true.max()) + 1
+    num_classes = int(true.max()) + 1 if num_classes is None else num_classes
     if true.max() >= num_classes:
         raise ValueError(f"label {true.max()} does not fit num_classes={num_classes}.")
     matrix = transition_matrix(kind, rate, num_classes, seed)
