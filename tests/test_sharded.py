@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import MLP, distilbert, tokens
-from test_distributed import STEPS, launch, part, start
+from test_distributed import STEPS, finish, launch, part, start
 from torch import nn
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
@@ -81,7 +81,7 @@ def train_all(rank, world, folder):
         torch.save(train(rank, world, name), f"{folder}/{name}-{rank}.pt")
     refusals()
     files(rank, folder)
-    dist.destroy_process_group()
+    finish()
 
 
 def refusals():
@@ -166,7 +166,6 @@ for stage in (1, 2):
         gap = max(float((found[k] - expected[k]).abs().max()) for k in found if k.startswith("model."))
         assert gap < 1e-5 and torch.equal(found["counters"], expected["counters"]), (stage, settings, gap)
         print("stage", stage, settings, gap)
-torch.distributed.destroy_process_group()
 """
 ZERO = ({}, {"schedule": "online"}, {"hypergradient": "head"})
 
