@@ -210,7 +210,7 @@ class Capture:
             half = (torch.float16, torch.bfloat16)
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
         try:
-            with nullcontext() if autocast else self._original_forward():
+            with self._eager(), nullcontext() if autocast else self._original_forward():
                 if rng is not None:
                     set_rng_state(self.device, rng)
                 if replaced is None:
@@ -226,6 +226,19 @@ class Capture:
             self._probe = None
             if self.sharded and not torch.is_grad_enabled():
                 reshard(self.model)
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Past ``model.compile()``: a pass of compiled code may write over the outputs of the one before (CUDA graphs)."""
+        compiled = getattr(self.model, "_compiled_call_impl", None)
+        if compiled is None:
+            yield
+            return
+        self.model._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            self.model._compiled_call_impl = compiled
 
     @contextmanager
     def _original_forward(self) -> Iterator[None]:

@@ -245,6 +245,7 @@ class MetaIADA:
             loss = self.meta.train_loss(features, target, epsilon, denominator)
         except BaseException:
             self.statistics.forget_last()
+            self.meta.passes.forget()
             raise
         self.statistics.note(epsilon)
         self.epsilon = epsilon

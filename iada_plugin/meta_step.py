@@ -123,7 +123,12 @@ class MetaStep:
             tangent = self.passes.lookahead(
                 forward, lambda features: self.train_loss(features, labels, epsilon), labels.numel(), step
             )
-        self._update(tangent, labels, f)
+        fine = self._update(tangent, labels, f)
+        self.passes.commit()
+        self.log.add_meta_loss(tangent.meta_loss, fine)
+        self._count(fine)
+        if fine.device.type == "cpu" or self.config.on_failure == "stop":
+            self.check_skipped()
 
     @contextmanager
     def _survived(self, step: int) -> Iterator[None]:
@@ -136,6 +141,7 @@ class MetaStep:
             if not outside or not self._succeeded or self.config.on_failure == "stop" or world_size() > 1:
                 raise
             self._failed_at = step
+            self.passes.forget()
             warnings.warn(f"a meta step failed and is left out: {type(error).__name__}: {error}")
             traceback.clear_frames(error.__traceback__)  # they hold what there was no memory for
         if self._failed_at == step:
@@ -145,8 +151,8 @@ class MetaStep:
             self.check_skipped()
 
     @torch.no_grad()
-    def _update(self, tangent: Tangent, labels: Tensor, f: Tensor) -> None:
-        """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step."""
+    def _update(self, tangent: Tangent, labels: Tensor, f: Tensor) -> Tensor:
+        """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step; whether it was finite."""
         head = self.head
         dtype = head.covariance.dtype
         weight = whole(head.weight).to(dtype)
@@ -164,11 +170,7 @@ class MetaStep:
             torch.zeros_like(weight) if weight_dot is None else weight_dot,
             bias_dot,
         )
-        fine = self._learn(layer, labels, f, tangent.fine, tangent.eta)
-        self.log.add_meta_loss(tangent.meta_loss, fine)
-        self._count(fine)
-        if fine.device.type == "cpu" or self.config.on_failure == "stop":
-            self.check_skipped()
+        return self._learn(layer, labels, f, tangent.fine, tangent.eta)
 
     def _count(self, fine: Tensor) -> None:
         total, row = self._skipped + ~fine

@@ -49,7 +49,8 @@ class Passes:
         self.virtual = VirtualStep(optimizer, self._values, config)
         self.tangents = Tangents(capture, parameters, config)
         self.scaling = LossScale(capture.device)
-        self._ready: Probe | None = None
+        self._ready: Probe | None = None  # for the next training pass
+        self._done: tuple[Probe, Forward] | None = None  # not committed yet
         self._checked = False
 
     @property
@@ -98,7 +99,7 @@ class Passes:
 
     def forget(self) -> None:
         """Drop what :meth:`before` has prepared, for another state."""
-        self._ready = None
+        self._ready = self._done = None
 
     def online(self, forward: Forward, step: int) -> Tangent:
         """The meta gradient at the current parameters (Eqs. 8 and 9 without the displacement of Eq. 7).
@@ -114,6 +115,17 @@ class Passes:
             with isolated(self.capture):
                 self._go_along(probe, forward)
         return self._complete(probe, forward)
+
+    def commit(self) -> None:
+        """The step that the last tangent was for has been made. An error or an interrupt before leaves the meta batch and
+        the average to the next try."""
+        assert self._done is not None
+        (probe, forward), self._done = self._done, None
+        if probe.average is not None:
+            self.average = probe.average
+        self.batches.commit()
+        if forward.autocast_dtype == torch.float16:
+            self.scaling.adjust(probe.fine)
 
     def lookahead(self, forward: Forward, train_loss: Callable[[Tensor], Tensor], n: int, step: int) -> Tangent:
         """The meta gradient after a virtual step down ``train_loss`` (Eqs. 7 to 9).
@@ -132,14 +144,8 @@ class Passes:
         return self._complete(probe, forward)
 
     def _complete(self, probe: Probe, forward: Forward) -> Tangent:
-        tangent = self.tangents.complete(probe, forward)
-        # Only now: an error, an interrupt or a state taken before leaves meta batch and average to the next try.
-        if probe.average is not None:
-            self.average = probe.average
-        self.batches.commit()
-        if forward.autocast_dtype == torch.float16:
-            self.scaling.adjust(probe.fine)
-        return tangent
+        self._done = probe, forward
+        return self.tangents.complete(probe, forward)
 
     @property
     def _releases_graph(self) -> bool:

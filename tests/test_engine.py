@@ -309,25 +309,6 @@ def test_half_precision_weights():
         iada.close()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model():
-    """The virtual step keeps a graph of compiled code; the hooks see the tensors of the real pass."""
-    results = []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = ConvNet()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        wrapped = torch.compile(model, backend="aot_eager") if compiled else model
-        config = IADAConfig(warmup_epochs=1)
-        iada = MetaIADA(wrapped, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1,
-                        epochs=9, config=config)  # fmt: skip
-        fit(wrapped, iada, optimizer, [images(seed=s) for s in range(4)])
-        assert iada.meta.skipped == 0 and iada.meta_batches.drawn == 3
-        results.append((model.fc.weight.detach(), iada.meta.perturbation.output.weight.detach()))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-5)
-
-
 def test_meta_every_and_the_number_of_passes():
     model = ConvNet()
     iada, optimizer = make(model, images(seed=9), counts=[1] * 4, meta_every=3)

@@ -174,47 +174,6 @@ def test_a_state_loaded_after_the_online_pass_takes_a_new_one():
     assert iada.meta_batches.drawn == 1 and iada.meta.log.pop()["iada/meta_loss"] > 0
 
 
-@pytest.mark.parametrize("schedule", ["lookahead", "online"])
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_checkpointed_and_in_half_precision(schedule):
-    """No special case: the same directions for Omega as in plain float32."""
-
-    class Checkpointed(ConvNet):
-        def forward(self, x):
-            x = self.stem(x)
-            block = lambda t: torch.relu(t + self.block(t))  # noqa: E731
-            x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-            return self.fc(x.mean(dim=(2, 3)))
-
-    results = {}
-    for kind in ("plain", "checkpoint", "bf16", "compile", "low"):
-        torch.manual_seed(0)
-        model = ConvNet() if kind != "checkpoint" else Checkpointed()
-        options = {"memory": "low"} if kind == "low" else {}
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        wrapped = torch.compile(model, backend="aot_eager") if kind == "compile" else model
-        config = IADAConfig(warmup_epochs=1, meta_momentum=0.8, schedule=schedule, **options)
-        iada = MetaIADA(wrapped, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1, epochs=9,
-                        config=config)  # fmt: skip
-        model.train()
-        for s in range(3):
-            x, y = images(seed=s)
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=kind == "bf16"):
-                loss = iada(wrapped(x), y)
-            loss.backward()
-            optimizer.step()
-        assert iada.meta.skipped == 0 and iada.meta_batches.drawn == 2
-        results[kind] = (iada.meta.passes.average, model.fc.weight.detach())
-    average, weight = results.pop("plain")
-    for kind, (found, fc) in results.items():
-        flat, own = (torch.cat([t.flatten() for t in tensors]) for tensors in (average, found))
-        assert F.cosine_similarity(flat, own, dim=0) > (0.97 if kind == "bf16" else 0.9999), kind
-        torch.testing.assert_close(
-            fc, weight, rtol=0.1 if kind == "bf16" else 1e-3, atol=1e-2 if kind == "bf16" else 1e-5
-        )
-
-
 # ------------------------------------------------------------------------------------------- more from the same passes
 
 
