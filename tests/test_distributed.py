@@ -164,9 +164,10 @@ def test_processes_equal_one(tmp_path, world):
 # ----------------------------------------------------------------------------------------------------------- front ends
 
 
-def launch(script, *arguments, world=2):
-    """``torchrun``, or a plain process."""
-    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 else []
+def launch(script, *arguments, world=2, torchrun=None):
+    """``torchrun``, or a plain process for one."""
+    torchrun = world > 1 if torchrun is None else torchrun
+    starter = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if torchrun else []
     command = [sys.executable, "-W", "ignore", *starter, str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)

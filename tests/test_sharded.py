@@ -208,6 +208,40 @@ def test_deepspeed_stages_1_and_2(tmp_path):
     assert launch(script).count("stage") == 2 * 2 * len(ZERO)
 
 
+FSDP_TRAINER = """
+import sys
+import torch
+import conftest, test_callback as here
+from models import distilbert
+
+folder, mode = sys.argv[1], sys.argv[2]
+settings = {"hypergradient": "head"} if mode == "head" else {"schedule": "online"}
+for sharded in (False, True):
+    torch.manual_seed(0)
+    options = {"fsdp": "full_shard auto_wrap",
+               "fsdp_config": {"fsdp_version": 2, "transformer_layer_cls_to_wrap": ["TransformerBlock"]}}
+    t = here.trainer(folder, here.callback(**settings), model=distilbert(), train=here.dataset(64), use_cpu=False,
+                     max_steps=24, save_strategy="steps", save_steps=12, **(options if sharded else {}))
+    t.train()
+    assert isinstance(t.model, torch.distributed.fsdp.FSDPModule) == sharded
+    state = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in t.model.state_dict().items()}
+    if sharded:
+        gap = max(float((state[k].cpu() - plain[k].cpu()).abs().max()) for k in plain)
+        print("gap", gap)
+        assert gap < 2e-3, gap
+    plain = {k: v.clone() for k, v in state.items()}
+"""
+
+
+@needs_fsdp2
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="Accelerate shards on GPUs only")
+@pytest.mark.parametrize("mode", ["online", "head"])
+def test_trainers_fsdp_option(tmp_path, mode):
+    script = tmp_path / "run.py"
+    script.write_text(FSDP_TRAINER)
+    assert "gap" in launch(script, tmp_path, mode, world=1, torchrun=True)
+
+
 def test_what_is_not_supported_is_named():
     class FullyShardedDataParallel(nn.Module):
         pass
