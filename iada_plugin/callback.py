@@ -16,7 +16,7 @@ from .batches import length_of, meta_dataloader
 from .capture import Hook
 from .characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
-from .checks import REENTRANT
+from .checks import CUDA_GRAPH_MODES, REENTRANT
 from .config import IADAConfig
 from .data.meta import labels_of
 from .distributed import world_size
@@ -142,7 +142,7 @@ class MetaIADACallback(TrainerCallback):
             characteristics=self.characteristics,
         )
         if args.torch_compile:
-            self.engine.capture.mark_compiled()
+            self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         if state.global_step > 0:
             try:

@@ -67,12 +67,12 @@ class Capture:
     Args:
         model: the unwrapped model.
         head: its classifier.
-        compiled: the model runs compiled, so that its features are not bit-equal to an eager pass.
+        compiled, cuda_graphs: see :meth:`mark_compiled`.
     """
 
-    def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False, cuda_graphs: bool = False) -> None:
         self.model, self.head = model, head
-        self.compiled = compiled
+        self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.sharded = is_fsdp(model)
         # The virtual step keeps the graph for a second backward pass, which code compiled later would forbid by default.
         if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
@@ -95,9 +95,10 @@ class Capture:
             head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
         ]
 
-    def mark_compiled(self) -> None:
-        """The model runs compiled: its features cannot be the base of a difference, whose passes run eagerly."""
-        self.compiled = True
+    def mark_compiled(self, cuda_graphs: bool = False) -> None:
+        """The model runs compiled: its features cannot be the base of a difference, whose passes run eagerly. With CUDA
+        graphs, furthermore, no second backward pass through the same pass is possible."""
+        self.compiled, self.cuda_graphs = True, self.cuda_graphs or cuda_graphs
 
     @property
     def busy(self) -> bool:

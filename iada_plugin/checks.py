@@ -14,10 +14,13 @@ from .config import IADAConfig
 from .hypergradient import RELATIVE_STEP
 from .sharding import is_fsdp, is_sharded
 
+#: What ``torch.compile(mode=...)`` calls the use of CUDA graphs.
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
-def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool]:
-    """The model inside DDP and ``torch.compile``, and whether it was compiled."""
-    compiled = False
+
+def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool, bool]:
+    """The model inside DDP and ``torch.compile``, whether it was compiled, and whether with CUDA graphs."""
+    compiled = graphs = False
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass the nn.Module that is trained.")
     while True:
@@ -26,7 +29,11 @@ def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool]:
                 "nn.DataParallel copies the model in every step, which hides it from IADA. Use DistributedDataParallel"
                 " (torchrun), or one GPU (CUDA_VISIBLE_DEVICES=0)."
             )
-        compiled = compiled or hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+        for code in (model if hasattr(model, "_orig_mod") else None, getattr(model, "_compiled_call_impl", None)):
+            if code is not None:
+                compiled = True
+                settings = getattr(code, "get_compiler_config", lambda: None)() or {}
+                graphs = graphs or bool(settings.get("triton.cudagraphs"))
         if isinstance(model, nn.parallel.DistributedDataParallel):
             if model.static_graph:
                 raise ValueError(
@@ -44,7 +51,7 @@ def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool]:
         elif type(model).__name__ == "DeepSpeedEngine":
             model = model.module  # type: ignore[assignment]
         else:
-            return model, compiled
+            return model, compiled, graphs
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

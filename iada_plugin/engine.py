@@ -102,7 +102,7 @@ class MetaIADA:
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
         self.config = config = IADAConfig.of(config)
-        self.model, compiled = unwrap_model(model)
+        self.model, *compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
         self.epsilon: Tensor | None = None
@@ -139,7 +139,7 @@ class MetaIADA:
         except Exception:
             self._restore_head()
             raise
-        self.capture = Capture(self.model, self.head, compiled)
+        self.capture = Capture(self.model, self.head, *compiled)
         try:
             passes = Passes(self.capture, optimizer, parameters, self.meta_batches, config)
             self.meta = self.step_type(passes, len(self.statistics.characteristics))
@@ -168,6 +168,8 @@ class MetaIADA:
         """Whether the next optimizer step still trains without perturbation."""
         return self.step < self.warmup_steps
 
+    # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
+    @torch.compiler.disable
     def __call__(self, output: Tensor, target: Tensor, denominator: Tensor | float | None = None) -> Tensor:
         """Training loss of the batch whose logits are ``output``.
 

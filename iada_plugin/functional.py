@@ -191,7 +191,8 @@ class _IADALogits(torch.autograd.Function):
         )
         ctx.alpha, ctx.beta = alpha, beta
         ctx.shapes = [None if t is None else t.shape for t in (covariance, factor)]
-        return logits
+        # torch 2.11 compiles an output that was changed in place to one without a gradient, and says nothing.
+        return logits.clone() if torch.compiler.is_compiling() else logits
 
     @staticmethod
     @once_differentiable

@@ -150,7 +150,9 @@ class Passes:
     @property
     def _releases_graph(self) -> bool:
         # In mode "head" the virtual step does not go through the backbone, whose graph is there anyway.
-        return self.config.memory == "low" and self.config.schedule == "lookahead" and not self.head_only
+        # A CUDA graph cannot run a backward pass twice.
+        releases = self.config.memory == "low" or self.capture.cuda_graphs
+        return releases and self.config.schedule == "lookahead" and not self.head_only
 
     def features_to_train(self, forward: Forward) -> Tensor:
         """Features ``[N, H]`` with a graph: those of ``forward``, or of a pass in its place where the step used it up."""

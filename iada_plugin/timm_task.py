@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import plan_warmup
+from .checks import CUDA_GRAPH_MODES, plan_warmup
 from .config import IADAConfig
 from .engine import MetaIADA
 
@@ -91,7 +91,7 @@ class MetaIADATask(ClassificationTask):
     def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Compile the model, as `ClassificationTask`; the difference passes stay eager."""
         if self.engine is not None:
-            self.engine.capture.mark_compiled()
+            self.engine.capture.mark_compiled(kwargs.get("mode") in CUDA_GRAPH_MODES)
         return super().compile(*args, **kwargs)
 
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:

@@ -169,7 +169,8 @@ def launch(script, *arguments, world=2, torchrun=None):
     torchrun = world > 1 if torchrun is None else torchrun
     starter = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if torchrun else []
     command = [sys.executable, "-W", "ignore", *starter, str(script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    path = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     aborted = "terminate called without an active exception" in done.stderr  # after the end, see finish()
     assert done.returncode == 0 or aborted, done.stdout[-1500:] + done.stderr[-3500:]

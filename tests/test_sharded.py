@@ -28,13 +28,19 @@ RUNS = {
 }
 
 
+def fully_shard(module, **options):
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return fsdp.fully_shard(module, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), **options)
+
+
 def shard(model, how):
     if how != "root":
         for block in model.distilbert.transformer.layer:
-            fsdp.fully_shard(block)
+            fully_shard(block)
     if how == "each":
-        fsdp.fully_shard(model.classifier)
-    fsdp.fully_shard(model, **({"reshard_after_forward": True} if how == "each" else {}))
+        fully_shard(model.classifier)
+    fully_shard(model, **({"reshard_after_forward": True} if how == "each" else {}))
 
 
 def whole(state):
@@ -87,7 +93,7 @@ def train_all(rank, world, folder):
 def refusals():
     model = MLP()
     kind = type(model.fc)
-    fsdp.fully_shard(model)
+    fully_shard(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     meta = [(torch.randn(3, 6), torch.arange(3))]
 
@@ -100,16 +106,16 @@ def refusals():
             make(**settings)
     assert type(model.fc) is kind
     early = MLP()
-    fsdp.fully_shard(early.body)
+    fully_shard(early.body)
     with pytest.raises(ValueError, match="fully_shard"):
         make(early, torch.optim.SGD(early.parameters(), lr=0.1), schedule="online")
     late = MLP()
     iada = make(late, torch.optim.SGD(late.parameters(), lr=0.1), schedule="online")
-    fsdp.fully_shard(late)
+    fully_shard(late)
     with pytest.raises(RuntimeError, match="make MetaIADA on the sharded model"):
         iada(late(torch.randn(3, 6)), torch.arange(3))
     half = MLP()
-    fsdp.fully_shard(half, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    fully_shard(half, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = torch.optim.SGD(half.parameters(), lr=0.1)
     iada = make(half, optimizer, schedule="online")
     with pytest.raises(ValueError, match="MixedPrecisionPolicy"):  # in the first meta step
@@ -121,8 +127,8 @@ def refusals():
 def files(rank, folder):
     """A classifier that is a group of its own keeps its class; the state file is one for all processes."""
     model = MLP()
-    fsdp.fully_shard(model.fc)
-    fsdp.fully_shard(model)
+    fully_shard(model.fc)
+    fully_shard(model)
     original = type(model.fc)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     iada = MetaIADA(model, optimizer, meta_loader=[(torch.randn(3, 6), torch.arange(3))], steps_per_epoch=1, epochs=3,
