@@ -603,6 +603,28 @@ def test_a_pass_that_cannot_be_repeated_is_refused():
         fit(model, iada, optimizer, [vectors()] * 3)
 
 
+def test_other_dropout_masks_in_half_precision_are_named():
+    """Fused attention draws its masks differently in float32: the difference is taken at one mask, with a warning."""
+
+    class Fused(MLP):
+        def forward(self, x):
+            torch.rand(1 if torch.is_autocast_enabled("cpu") else 2)
+            return self.fc(F.dropout(self.body(x), 0.5))
+
+    model = Fused()
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1])
+    model.train()
+    with pytest.warns(UserWarning, match="draws other dropout masks"):
+        for _ in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = iada(model(vectors()[0]), vectors()[1])
+            loss.backward()
+            optimizer.step()
+    dot = iada.meta.perturbation.output.weight
+    assert iada.meta.skipped == 0 and dot.any() and dot.isfinite().all()
+
+
 def test_an_older_state_can_be_loaded_into_a_running_engine():
     model = MLP()
     iada, optimizer = make(model, vectors(seed=1), warmup=2)
