@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moment of the kill")
     parser.add_argument("--compare", action="store_true", help="against an undisturbed run")
     parser.add_argument("--json", type=Path, help="where to write the result")
+    parser.add_argument("--work", type=Path, help="folder of the runs, which stay there (default: a temporary one)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     size = SIZES[args.size]
@@ -143,7 +144,7 @@ def main() -> None:
         return train(size, args.folder)
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder, start = Path(temporary), time.perf_counter()
+        folder, start = args.work or Path(temporary), time.perf_counter()
         own = ["--size", args.size]
         if args.compare:
             watched(own, folder / "whole", None)

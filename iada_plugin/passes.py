@@ -43,6 +43,9 @@ class Passes:
         self.config, self.head = config, capture.head
         #: Running average of the meta gradient, one tensor a parameter; with ``meta_momentum``, from the first step on.
         self.average: list[Tensor] | None = None
+        #: Step, meta loss and whether it was fine, of a meta gradient that is in the average while its step is not made yet: a
+        #: second try takes it from there.
+        self.counted: tuple[int, Tensor, Tensor] | None = None
         self._values = list(parameters.values())
         place = {id(p): k for k, p in enumerate(self._values)}
         self._head_places = place.get(id(self.head.weight)), place.get(id(self.head.bias))
@@ -94,11 +97,14 @@ class Passes:
         kind = self.capture.device.type
         dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
         with isolated(self.capture), torch.autocast(kind, enabled=False):
-            meta_loss, v = self._meta_gradient(self._draw(step), dtype)
-            self._ready = self._probe(forward, meta_loss, v, step)
+            found = None if self._is_counted(step) else self._meta_gradient(self._draw(step), dtype)
+            self._ready = self._probe(forward, found, step)
+
+    def _is_counted(self, step: int) -> bool:
+        return self.counted is not None and self.counted[0] == step
 
     def forget(self) -> None:
-        """Drop what :meth:`before` has prepared, for another state."""
+        """Drop what was prepared for a step that will not be made, or will be made anew."""
         self._ready = self._done = None
 
     def online(self, forward: Forward, step: int) -> Tangent:
@@ -120,9 +126,7 @@ class Passes:
         """The step that the last tangent was for has been made. An error or an interrupt before leaves the meta batch and
         the average to the next try."""
         assert self._done is not None
-        (probe, forward), self._done = self._done, None
-        if probe.average is not None:
-            self.average = probe.average
+        (probe, forward), self._done, self.counted = self._done, None, None
         self.batches.commit()
         if forward.autocast_dtype == torch.float16:
             self.scaling.adjust(probe.fine)
@@ -137,10 +141,12 @@ class Passes:
             step: as for :meth:`online`.
         """
         with isolated(self.capture):
-            batch = self._draw(step)
-            with hg.displaced(self._values, self._virtual_step(forward, train_loss, n)):
-                meta_loss, v = self._meta_gradient(batch, forward.autocast_dtype)
-            probe = self._probe(forward, meta_loss, v, step)
+            found = None
+            if not self._is_counted(step):
+                batch = self._draw(step)
+                with hg.displaced(self._values, self._virtual_step(forward, train_loss, n)):
+                    found = self._meta_gradient(batch, forward.autocast_dtype)
+            probe = self._probe(forward, found, step)
         return self._complete(probe, forward)
 
     def _complete(self, probe: Probe, forward: Forward) -> Tangent:
@@ -227,9 +233,16 @@ class Passes:
 
     # -------------------------------------------------------------------------------------------------------- tangents
 
-    def _probe(self, inputs: Forward, meta_loss: Tensor, v: list[Tensor], step: int) -> Probe:
-        """Average the meta gradient ``v``, which is used up, and go along it."""
-        fine = self._averaged(meta_loss, v)
+    def _probe(self, inputs: Forward, found: tuple[Tensor, list[Tensor]] | None, step: int) -> Probe:
+        """Average the meta gradient that was ``found`` with its loss, unless it is in the average already, and go along it."""
+        if found is None:
+            _, meta_loss, fine = self.counted  # type: ignore[misc]
+            v: list[Tensor] = self.average  # type: ignore[assignment]
+        else:
+            meta_loss, v = found
+            fine = self._averaged(meta_loss, v)
+            if self.config.momentum > 0:
+                self.average, self.counted = v, (step, meta_loss, fine)
         _, eta = self.virtual.rates()
         direction = self._direction(v)
         weight_dot, bias_dot = (
@@ -239,7 +252,7 @@ class Passes:
         probe = Probe(step, meta_loss, fine, eta, weight_dot, bias_dot, inputs, direction)
         self._go_along(probe, inputs)
         if self.config.momentum > 0:  # the average gives the direction again where that is needed
-            probe.average, probe.direction = v, None
+            probe.direction = None
         return probe
 
     def _direction(self, v: list[Tensor]) -> list[Tensor]:
@@ -253,5 +266,5 @@ class Passes:
     def _go_along(self, probe: Probe, inputs: Forward) -> None:
         direction = probe.direction
         if direction is None:
-            direction = self._direction(probe.average)  # type: ignore[arg-type]
+            direction = self._direction(self.average)  # type: ignore[arg-type]
         self.tangents.go_along(probe, inputs, direction)

@@ -29,6 +29,9 @@ def collect(engine: MetaIADA) -> dict[str, Tensor]:
             f"meta_gradient.{k}": whole_like(v, p)
             for (k, p), v in zip(engine.meta.passes.parameters.items(), engine.meta.passes.average, strict=True)
         }
+    if (counted := engine.meta.passes.counted) is not None:
+        step, loss, fine = counted
+        found["meta_counted"] = torch.stack([torch.full_like(loss, step), loss, fine.to(loss.dtype)]).double()
     found |= {f"means.{k}": v for k, v in engine.statistics.means.state_dict().items()}
     found |= {f"head.{k}": v for k, v in engine.head.named_buffers()}
     found["label_count"] = engine.statistics.label_count
@@ -51,11 +54,13 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
             f"a Meta-IADA state is a dict of tensors, as state_dict() gives it, not {type(state).__name__}."
         )
     # Adam's state and the average exist from the first meta step on.
-    later = ("meta_optimizer.", "meta_gradient.")
+    later = ("meta_optimizer.", "meta_gradient.", "meta_counted")
     own = {k: v for k, v in collect(engine).items() if not k.startswith(later)}
-    adam, average = (_with_prefix(state, prefix) for prefix in later)
+    adam, average = (_with_prefix(state, prefix) for prefix in later[:2])
     given = dict(state)
     parameters, kept = engine.meta.passes.parameters, engine.config.momentum > 0
+    if "meta_counted" in state:
+        own["meta_counted"] = torch.zeros(3)
     if average:
         own |= {f"meta_gradient.{k}": p for k, p in parameters.items()}
     if adam:
@@ -92,6 +97,10 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     engine.warmup_steps, engine.statistics_start = plan
     engine.statistics.reset(bool(prior_known))
     engine.meta.passes.forget()
+    engine.meta.passes.counted = None
+    if "meta_counted" in given and kept:
+        step, loss, fine = given["meta_counted"].to(engine.capture.device)
+        engine.meta.passes.counted = int(step), loss.to(engine.head.covariance.dtype), fine > 0
     engine.meta.passes.average = [part_like(average[k], p) for k, p in parameters.items()] if average and kept else None
     engine.meta.passes.scaling.scale, engine.meta.passes.scaling.streak = given["loss_scale"].to(
         engine.capture.device, copy=True

@@ -39,7 +39,6 @@ class Probe:
     bias_dot: Tensor | None
     inputs: Forward | None = None
     direction: list[Tensor] | None = None  # the scaled meta gradient; not kept where the average gives it again
-    average: list[Tensor] | None = None  # of the meta gradient, this one in it
     features: Tensor | None = None
     features_dot: Tensor | None = None
     displaced: Tensor | None = None  # features at parameters moved along the meta gradient
