@@ -47,6 +47,29 @@ def step_cost() -> str:
     return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
 
 
+def step_cost_gpu() -> str:
+    """benchmarks/step_cost.py on a GPU."""
+    result = json.loads((RESULTS / "step_cost_gpu.json").read_text())
+    return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
+
+
+def soak() -> str:
+    """benchmarks/soak.py."""
+    lines = ["| | CPU, small DistilBERT | GPU, DistilBERT-base, bf16 |", "|---|---|---|"]
+    cpu, gpu = (json.loads((RESULTS / f"soak_{size}.json").read_text()) for size in ("cpu", "gpu"))
+    lines.append(
+        f"| steps, killed after | {cpu['size']['steps']}, {cpu['killed_after']} | {gpu['size']['steps']}, {gpu['killed_after']} |"
+    )
+    for key in cpu["growth"]:
+        cells = (" to ".join(f"{v:.4g}" for v in result["growth"][key]) for result in (cpu, gpu))
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    lines.append(
+        f"| parameters at the end | {'bit-identical' if cpu['bit_identical'] else 'DIFFERENT'} to an undisturbed run | not compared |"
+    )
+    made = " ".join(_made_by(result["environment"]) for result in (cpu, gpu))
+    return "\n".join([*lines, "", made, f"On the GPU {gpu['note']}."])
+
+
 def logits_cost() -> str:
     """benchmarks/logits_cost.py."""
     result = json.loads((RESULTS / "logits_cost_cpu.json").read_text())
@@ -66,7 +89,8 @@ def approximations() -> str:
 
 BLOCKS = {
     ROOT / "README.md": [settings],
-    ROOT / "docs" / "cost.md": [step_cost, logits_cost, approximations],
+    ROOT / "docs" / "cost.md": [step_cost, step_cost_gpu, logits_cost, approximations],
+    ROOT / "docs" / "long_runs.md": [soak],
 }
 
 
