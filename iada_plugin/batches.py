@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Sampler
 
-from .capture import rng_state, seed_rng, set_rng_state, split_batch
+from .capture import LABEL_KEYS
 from .distributed import rank, world_size
+from .isolation import rng_state, seed_rng, set_rng_state
 
 
 class EndlessBatches(Sampler[list[int]]):
@@ -198,3 +199,32 @@ class MetaBatches:
                     continue
         finally:
             set_rng_state(self.device, states)
+
+
+def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Positional arguments, keyword arguments and labels of a batch ``(input, target)`` or ``{..., "labels": ...}``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(batch, Mapping):
+        for key in LABEL_KEYS[:3]:
+            if key in batch:
+                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, _labels(batch[key])
+        raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}: name it so, or yield"
+                         " (input, target).")  # fmt: skip
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs, labels = batch[0], _labels(batch[1])
+        return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)
+    raise ValueError(
+        f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."
+    )
+
+
+def _labels(labels: Any) -> Tensor:
+    """Labels as a tensor, ``[M, 1]`` flattened."""
+    try:
+        labels = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a meta batch's labels are no numbers ({error}): they must be class indices [M].") from error
+    return labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch._functorch.config as functorch_config
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .head import IADAHead
 from .hypergradient import tf32_enabled
+from .isolation import rng_state, set_rng_state
 from .sharding import is_fsdp, reshard
 
 #: Keyword arguments of a model that the loss uses, not the features.
@@ -260,93 +259,3 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._current = None
-
-
-def rng_state(device: torch.device) -> list[Any]:
-    """Random state of Python, NumPy, the CPU and ``device``; models and augmentations draw from any of them."""
-    states: list[Any] = [random.getstate(), np.random.get_state(), torch.get_rng_state()]
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    elif device.type not in ("cpu", "meta"):
-        states.append(getattr(torch, device.type).get_rng_state())
-    return states
-
-
-def set_rng_state(device: torch.device, states: list[Any]) -> None:
-    """Restore :func:`rng_state`."""
-    random.setstate(states[0])
-    np.random.set_state(states[1])
-    torch.set_rng_state(states[2])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(states[3], device)
-    elif len(states) > 3:
-        getattr(torch, device.type).set_rng_state(states[3])
-
-
-def seed_rng(device: torch.device, seed: int) -> None:
-    """Seed Python, NumPy, the CPU and ``device``, and no other device."""
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type not in ("cpu", "meta"):
-        getattr(torch, device.type).manual_seed(seed)
-
-
-@contextmanager
-def isolated(capture: Capture) -> Iterator[None]:
-    """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
-    if capture.sharded:
-        reshard(capture.model)
-    own = {id(b) for b in capture.head.buffers()}
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in capture.model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and id(buffer) not in own
-    ]
-
-    def restore() -> None:
-        for module, name, buffer, value in kept:
-            buffer.data.copy_(value)
-            module._buffers[name] = buffer  # a pass may have put another tensor in its place
-
-    states = rng_state(capture.device)
-    capture._restore_buffers = restore
-    try:
-        yield
-    finally:
-        capture._restore_buffers = lambda: None
-        set_rng_state(capture.device, states)
-        restore()
-
-
-def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """Positional arguments, keyword arguments and labels of a batch ``(input, target)`` or ``{..., "labels": ...}``.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if isinstance(batch, Mapping):
-        for key in LABEL_KEYS[:3]:
-            if key in batch:
-                return (), {k: v for k, v in batch.items() if k not in LABEL_KEYS}, _labels(batch[key])
-        raise ValueError(f"a meta batch has no 'labels', only {', '.join(map(str, batch))}: name it so, or yield"
-                         " (input, target).")  # fmt: skip
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs, labels = batch[0], _labels(batch[1])
-        return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)
-    raise ValueError(
-        f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."
-    )
-
-
-def _labels(labels: Any) -> Tensor:
-    """Labels as a tensor, ``[M, 1]`` flattened."""
-    try:
-        labels = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"a meta batch's labels are no numbers ({error}): they must be class indices [M].") from error
-    return labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from . import hypergradient as hg
 from . import sharding
 from .batches import MetaBatches
-from .capture import Capture, Forward, isolated, seed_rng
+from .capture import Capture, Forward
 from .checks import check_labels, is_out_of_memory
 from .config import IADAConfig
 from .distributed import global_mean, weighted_average_
+from .isolation import isolated, seed_rng
 from .tangents import Probe, Tangent, Tangents
 from .virtual_step import LossScale, VirtualStep, loss_gradient
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import hypergradient as hg
-from .capture import Capture, Forward, isolated
+from .capture import Capture, Forward
 from .config import IADAConfig
+from .isolation import isolated
 
 
 class Tangent(NamedTuple):
