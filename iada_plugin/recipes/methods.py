@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import __version__
-from ..capture import seed_rng
 from ..config import IADAConfig
 from ..engine import MetaIADA
+from ..isolation import seed_rng
 from .loop import Batches, Samples, fit, predict
 from .scenario import Scenario, Settings
 
