@@ -119,7 +119,10 @@ def load_tokenizer(args: argparse.Namespace, texts: list[str]):
     tokenizer = Tokenizer(WordPiece({w: i for i, w in enumerate([*vocabulary][:8000])}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
     tokenizer.post_processor = BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=args.max_length, **special)
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=args.max_length, model_input_names=names, **special
+    )
 
 
 def load_model(args: argparse.Namespace, tokenizer):

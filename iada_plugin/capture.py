@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -242,13 +243,16 @@ class Capture:
 
     @contextmanager
     def _original_forward(self) -> Iterator[None]:
-        """Take Accelerate's autocast wrapper off ``forward`` for a block."""
+        """Take Accelerate's autocast off ``forward`` for a block; a model that was prepared twice has it twice."""
         wrapped = self.model.__dict__.get("forward")
         original = self.model.__dict__.get("_original_forward")
         if wrapped is None or original is None:
             yield
             return
-        self.model.__dict__["forward"] = original
+        own, function = type(self.model).forward, getattr(original, "__func__", original)
+        while function is not own and hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        self.model.__dict__["forward"] = MethodType(own, self.model) if function is own else original
         try:
             yield
         finally:

@@ -49,7 +49,9 @@ def _check_shapes(
     epsilon: Tensor | None = None,
     log_prior: Tensor | None = None,
 ) -> None:
-    """Refuse what does not fit a weight ``[C, H]`` and n samples."""
+    """Refuse what does not fit a weight ``[C, H]`` and n samples; a compiled function refuses by itself."""
+    if torch.compiler.is_compiling():
+        return
     c, h = weight.shape
     low = isinstance(covariance, LowRank)
     diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]

@@ -97,6 +97,28 @@ def test_fp16_with_a_grad_scaler(schedule):
     agree(run(settings, autocast=torch.float16, scaler=scaler, clip=1.0), run(settings, clip=1.0), 0.98)
 
 
+@pytest.mark.skipif(CUDA, reason="made for the CPU")
+@pytest.mark.parametrize("times", [1, 2])
+def test_accelerates_autocast_around_forward(times):
+    """Also of a model that was prepared twice, as auto_find_batch_size does: differences are taken in float32."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+
+        def wrap(model):
+            for _ in range(times):
+                model = accelerator.prepare_model(model)
+            assert model(images()[0]).dtype == torch.float32 and "_original_forward" in vars(model)
+            return model
+
+        agree(run({}, wrap=wrap), run({}), 0.95)
+    finally:
+        AcceleratorState._reset_state(True)
+
+
 @pytest.mark.parametrize("mode", ["forward", "head"])
 def test_pure_bf16_weights(mode):
     settings = {"hypergradient": mode}

@@ -217,11 +217,11 @@ class Stop(Exception):
 
 @settings
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=4),
-       st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.floats(-6, 12), st.booleans())  # fmt: skip
+       st.sampled_from([torch.float32, torch.float64, torch.bfloat16]), st.integers(-6, 12), st.booleans())  # fmt: skip
 def test_displaced_parameters_come_back_bit_for_bit(shapes, dtype, power, fails):
     parameters = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
     parameters[0].data.view(-1)[0] = -0.0
-    move = [10**power * torch.randn_like(p) for p in parameters]
+    move = [10.0**power * torch.randn_like(p) for p in parameters]
     places, before = [p.data_ptr() for p in parameters], [p.detach().clone() for p in parameters]
     graph = sum((p * p).sum() for p in parameters)  # saved before: its gradient is that of the old values
     try:

@@ -1,6 +1,7 @@
 """timm models, timm's task and its EMA."""
 
 import importlib.util
+import sys
 import warnings
 from pathlib import Path
 
@@ -183,13 +184,13 @@ def test_task_without_an_optimizer():
 def test_an_old_timm_is_named():
     if MetaIADATask is not None:
         pytest.skip("this timm has timm.task")
+    sys.modules.pop("iada_plugin.timm_task", None)
     with pytest.raises(ImportError, match=r"timm >= 1.0.23"):
         import iada_plugin.timm_task  # noqa: F401
 
 
 def test_nothing_imports_what_a_user_does_not_have():
     import subprocess
-    import sys
 
     code = "import sys, iada_plugin; iada_plugin.MetaIADA, iada_plugin.IADAHead; print('transformers' in sys.modules, 'timm' in sys.modules)"
     out = subprocess.run(
