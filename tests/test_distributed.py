@@ -1,5 +1,6 @@
 """Several processes with a part of each batch each equal one process with the whole."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -119,20 +120,28 @@ def the_small_parts(rank):
 
 
 def one_rank_is_not_finite(rank):
-    """A NaN in the data of one process: all leave the same meta step out, and go on together."""
-    for settings in ({}, {"schedule": "online"}):
+    """A NaN in the meta or training data of one process: all leave the same meta step out, and go on together."""
+    for settings, where in itertools.product(({}, {"schedule": "online"}), ("meta", "train")):
         torch.manual_seed(0)
         model = MLP()
         batches, meta = mlp_batches(torch.float32)
         good = part(meta, rank, 2)
-        bad = (good[0] * float("nan"), good[1]) if rank == 1 else good
+        bad = (good[0] * float("nan"), good[1]) if rank == 1 and where == "meta" else good
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
         wrapped = DistributedDataParallel(model)
         iada = MetaIADA(wrapped, optimizer, meta_loader=[good, bad, good, good], steps_per_epoch=1, epochs=9,
                         config=IADAConfig(warmup_epochs=1, **settings))  # fmt: skip
-        for _, ((x,), _, y) in zip(range(4), batches, strict=False):
+        for step, ((x,), _, y) in enumerate(batches[:5]):
             optimizer.zero_grad()
-            iada(wrapped(x[rank::2]), y[rank::2]).backward()
+            x = x[rank::2].clone()
+            if where == "train" and step == 2 and rank == 1:
+                x[0, 0] = float("nan")
+            loss = iada(wrapped(x), y[rank::2])
+            assert bool(loss.isfinite()) == (where == "meta" or step != 2 or rank == 0)
+            loss.backward()
+            if where == "train" and step == 2:
+                optimizer.zero_grad()  # a user's own guard: no step with gradients that are NaN everywhere
+                continue
             optimizer.step()
         assert iada.meta.skipped == 1
         state = torch.cat([v.double().flatten() for v in iada.state_dict().values()])
@@ -193,11 +202,14 @@ options = {"per_device_train_batch_size": int(sys.argv[3]), "gradient_accumulati
            "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
 if kind == "off":
     options["average_tokens_across_devices"] = False
-t = here.trainer(folder, here.callback(meta_batch_size=8), model=model, train=here.dataset(64), **options)
+rows = 64
+if kind == "few":  # one batch, for two processes
+    rows, options["per_device_train_batch_size"], options["gradient_accumulation_steps"] = 5, 8, 1
+t = here.trainer(folder, here.callback(meta_batch_size=8), model=model, train=here.dataset(rows), **options)
 t.train()
 assert t.state.log_history[-2]["iada/meta_loss"] > 0
-if t.args.process_index == 0:
-    torch.save(t.model.state_dict(), f"{folder}/{kind}-{sys.argv[4]}.pt")
+if t.args.process_index == 0 or kind == "few":
+    torch.save(t.model.state_dict(), f"{folder}/{kind}-{sys.argv[4]}{t.args.process_index or ''}.pt")
 """
 
 
@@ -214,6 +226,15 @@ def test_trainer_under_torchrun(tmp_path, kind):
     launch(script, tmp_path, kind, 4, "two")
     one, two = (torch.load(tmp_path / f"{kind}-{n}.pt", weights_only=True) for n in ("one", "two"))
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
+
+
+def test_fewer_batches_than_processes(tmp_path):
+    """Samples are repeated, as Accelerate does; ranks stay together."""
+    script = tmp_path / "run.py"
+    script.write_text(TRAINER)
+    launch(script, tmp_path, "few", 8, "two")
+    one, two = (torch.load(tmp_path / f"few-two{n}.pt", weights_only=True) for n in ("", "1"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
 
 
 def train_task(rank, world, folder):
