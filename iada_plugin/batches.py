@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .capture import LABEL_KEYS
+from .data.meta import labels_of
 from .distributed import rank, world_size
 from .isolation import rng_state, seed_rng, set_rng_state
 
@@ -22,18 +24,20 @@ class EndlessBatches(Sampler[list[int]]):
         size: number of samples.
         batch_size: over all processes, each of which gets its slice.
         seed: of the shuffles.
+        with_seeds: yield ``(index, seed)`` for :class:`SeededSamples`.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int) -> None:
+    def __init__(self, size: int, batch_size: int, seed: int, with_seeds: bool = False) -> None:
         self.size, self.batch_size, self.seed = size, min(batch_size, size), seed
-        self.position = 0
+        self.position, self.with_seeds = 0, with_seeds
 
     def _order(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.size, generator=generator).tolist()
 
     def __iter__(self) -> Iterator[list[int]]:
-        place = self.position * self.batch_size
+        number = self.position
+        place = number * self.batch_size
         epoch, start = divmod(place, self.size)
         order = self._order(epoch)
         while True:
@@ -43,7 +47,35 @@ class EndlessBatches(Sampler[list[int]]):
                 epoch, start = epoch + 1, start - self.size
                 order = self._order(epoch)
                 batch = batch + order[:start]
-            yield batch[rank() :: world_size()]
+            own = batch[rank() :: world_size()]
+            first = (self.seed * 1_000_003 + number) * self.batch_size + rank()
+            yield [(i, first + k * world_size()) for k, i in enumerate(own)] if self.with_seeds else own  # type: ignore[misc]
+            number += 1
+
+
+class SeededSamples(Dataset[Any]):
+    """A data set whose samples, read in a worker process, are augmented from a seed of their own: what a worker has drawn
+    before would be lost with it.
+
+    Args:
+        dataset: the map-style data set.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        index, seed = key
+        seed_rng(torch.device("cpu"), seed % 2**32)
+        return self.dataset[index]
+
+    @property
+    def targets(self) -> Tensor | None:
+        """Labels, where they can be read at once."""
+        return labels_of(self.dataset)
 
 
 def length_of(loader: Any) -> int | None:
@@ -66,13 +98,15 @@ def meta_dataloader(
         raise ValueError(
             "the meta set is empty: IADA learns its perturbations on it. Pass at least one sample a class."
         )
-    sampler = EndlessBatches(len(dataset), batch_size, seed)
+    with_workers = bool(options.get("num_workers"))
+    sampler = EndlessBatches(len(dataset), batch_size, seed, with_workers)
     if sampler.batch_size < world_size():
         raise ValueError(
             f"a meta batch of {sampler.batch_size} samples cannot be shared by {world_size()} processes: meta_batch_size"
             f" counts over all processes (the meta set has {len(dataset)} samples)."
         )
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_fn, **options)
+    samples = SeededSamples(dataset) if with_workers else dataset
+    return DataLoader(samples, batch_sampler=sampler, collate_fn=collate_fn, **options)
 
 
 class MetaLoaderError(RuntimeError):
@@ -150,8 +184,14 @@ class MetaBatches:
             self.loader.batch_sampler.position = self.drawn  # type: ignore[attr-defined]
         else:
             self.opened, self.within = seed, 0
-            seed_rng(self.device, seed)
-        self._iterator = iter(self.loader)
+        self._iterator = self._iterate(seed)
+
+    def _iterate(self, seed: int) -> Iterator[Any]:
+        """The loader from its start. Seeded again afterwards, so that making it, which draws, leaves no trace in a batch."""
+        seed_rng(self.device, seed)
+        iterator = iter(self.loader)
+        seed_rng(self.device, seed)
+        return iterator
 
     @property
     def _endless(self) -> bool:
@@ -168,35 +208,45 @@ class MetaBatches:
         """Go on as from there; a loader other than :func:`meta_dataloader`'s reads again what it had read.
 
         Raises:
-            ValueError: the loader is shorter than the one of ``position``.
+            ValueError: the loader is shorter than the one of ``position``; nothing is changed then.
         """
         if tuple(position) == self.position:
             return
         drawn, opened, within = position
-        used_up = self._iterator is not None and self._iterator is self.loader  # cannot be read again
-        self._waiting = None
-        if not used_up:
+        once = self._iterator is not None and self._iterator is self.loader  # cannot be read again
+        if once and self.drawn:
+            warnings.warn(
+                "the meta_loader can be read only once and goes on where it is, not where the state was saved."
+            )
+        elif within:
+            # One that can be read once was looked at already.
+            self._iterator = self._replay(opened, within - once, self.loader if once else None)
+        elif not once:
             self._iterator = None
-            if within:
-                self._replay(opened, within)
+        self._waiting = None
         self.drawn, self.opened, self.within = drawn, opened, within
 
-    def _replay(self, seed: int, count: int) -> None:
+    def _replay(self, seed: int, count: int, iterator: Any) -> Iterator[Any]:
+        parts = (self.loader, getattr(self.loader, "sampler", None), getattr(self.loader, "batch_sampler", None))
+        if any(getattr(part, "generator", None) is not None for part in parts):
+            warnings.warn(
+                "the meta_loader draws from a generator of its own: restore that yourself, or the order of the meta batches"
+                " is another one than before."
+            )
         states = rng_state(self.device)
         try:
-            seed_rng(self.device, seed)
-            self._iterator = iter(self.loader)
+            iterator = self._iterate(seed) if iterator is None else iterator
             for k in range(count):
                 try:
-                    next(self._iterator)
+                    next(iterator)
                 except StopIteration:
-                    self._iterator = None
                     raise ValueError(
                         f"the state was saved after {count} batches of the meta_loader, which now ends after {k}: resume"
                         " with the same meta set and batch size."
                     ) from None
                 except Exception:  # it was left out then, too
                     continue
+            return iterator
         finally:
             set_rng_state(self.device, states)
 

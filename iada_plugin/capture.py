@@ -204,13 +204,14 @@ class Capture:
             cast: half-precision inputs are cast to this.
             autocast: off: past the autocast that Accelerate wraps around ``forward``.
         """
-        self._probe = probe = Forward(args, kwargs)
+        probe = Forward(args, kwargs)
         self._restore_buffers()  # every pass starts from the same ones
         kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
         try:
+            self._probe = probe
             with self._eager(), nullcontext() if autocast else self._original_forward():
                 if rng is not None:
                     set_rng_state(self.device, rng)

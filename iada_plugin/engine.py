@@ -108,6 +108,7 @@ class MetaIADA:
         self.epsilon: Tensor | None = None
         self.step, self._calls, self._warned, self._closed = 0, 0, False, False
         self.trained, self._backward = False, False
+        self._made_in: int | None = None  # the optimizer step whose meta step was made
         groups = zero_groups(optimizer)
         self._group_steps, self._groups_in_step = 0, 1 if groups is None else len(groups)
         # FSDP and DeepSpeed do not accumulate in p.grad.
@@ -236,20 +237,21 @@ class MetaIADA:
         f = self.statistics.observe(forward, target, characteristics=True)
         features = forward.features
         try:
-            if first and self._meta_step_due:
+            if first and self._meta_step_due and self._made_in != self.step:
                 if [p.requires_grad for p in self.model.parameters()] != self._trainable:
                     raise RuntimeError(
                         "parameters were frozen or unfrozen (requires_grad) after MetaIADA was made: close() it and make a new"
                         " one, which can take over its state_dict()."
                     )
                 features = self.meta(forward, target, f, self.step)
+                self._made_in = self.step  # if what follows fails, a second try has it already
             epsilon = self.meta.epsilon(f)
             loss = self.meta.train_loss(features, target, epsilon, denominator)
+            self.statistics.note(epsilon)
         except BaseException:
             self.statistics.forget_last()
             self.meta.passes.forget()
             raise
-        self.statistics.note(epsilon)
         self.epsilon = epsilon
         return loss
 
@@ -265,7 +267,8 @@ class MetaIADA:
 
     def _before_pass(self, forward: Forward) -> None:
         self._end_skipped_step()
-        if not self.in_warmup and self._meta_step_due and not self.statistics.pending:
+        made = self.statistics.pending or self._made_in == self.step
+        if not self.in_warmup and self._meta_step_due and not made:
             self.meta.before_pass(forward, self.step)
 
     def _with_prior(self, output: Tensor) -> Tensor:
@@ -283,6 +286,7 @@ class MetaIADA:
             " then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0)."
         )
 
+    @torch.compiler.disable
     def _after_optimizer_step(self, *_: Any) -> None:
         self._group_steps += 1
         if self._group_steps >= self._groups_in_step:
@@ -291,22 +295,25 @@ class MetaIADA:
             self.step += 1
 
     def _flush(self) -> None:
-        self._backward = False
+        self._backward, self._made_in = False, None
         with torch.autocast(self.capture.device.type, enabled=False):
             self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation, log=self.meta.log)
 
+    def start_step(self) -> None:
+        """Forget how far the current optimizer step is, for another state."""
+        self._backward, self._made_in, self._group_steps = False, None, 0
+        self.meta.failed_at = None
+
     def _end_skipped_step(self) -> None:
-        """A GradScaler that finds an overflow leaves ``optimizer.step()`` out, and with it the hook. The step is over
-        nevertheless, if gradients were cleared after a backward pass or, where they are cleared later, overflowed: what comes
-        now is the first micro-batch of the next one, not a further one of the same."""
-        if not (self.statistics.pending and self._backward) or self._gradients_elsewhere:
+        """In float16 a GradScaler that finds an overflow leaves ``optimizer.step()`` out, and with it the hook. The step is
+        over nevertheless, if gradients were cleared after a backward pass or, where they are cleared later, overflowed: what
+        comes now is the first micro-batch of the next one, not a further one of the same."""
+        half = self.capture.half and not self._gradients_elsewhere
+        if not (half and self._backward and self.statistics.pending):
             return
         gradients = [p.grad for p in self._parameters if p.grad is not None]
-        over = not gradients
-        if self.capture.half:
-            overflow = bool(gradients) and not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
-            over = on_any_process(over or overflow, self.capture.device)
-        if over:
+        over = not gradients or not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
+        if on_any_process(over, self.capture.device):
             self._flush()
 
     def pop_metrics(self) -> dict[str, float]:
@@ -321,7 +328,14 @@ class MetaIADA:
     # ---------------------------------------------------------------------------------------------- state and removal
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors: Omega, its Adam state, class statistics, averages, counters."""
+        """Everything a resumed run needs, as tensors: Omega, its Adam state, class statistics, averages, counters. To be
+        taken between optimizer steps."""
+        self._end_skipped_step()
+        if self.statistics.pending:
+            warnings.warn(
+                "state_dict() in the middle of an optimizer step: a run that resumes from it makes the meta step of this step"
+                " again. Take it after optimizer.step()."
+            )
         return state.collect(self)
 
     def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:

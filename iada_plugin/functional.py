@@ -148,7 +148,8 @@ class _IADALogits(torch.autograd.Function):
     """The logits, and their derivatives in closed form.
 
     With a diagonal covariance: four matrix products of the layer's size forwards and three backwards, where the layer
-    alone has one and two, and nothing of the size of the weight is kept in between.
+    alone has one and two, and nothing of the size of the weight is kept in between. (No ``add_(..., alpha=...)`` to a
+    product: inductor of torch 2.14 compiles it without the alpha.)
     """
 
     @staticmethod
@@ -183,7 +184,7 @@ class _IADALogits(torch.autograd.Function):
             quadratic = (0.5 * alpha * rows) @ (weight - mean).square_().T
             if factor is not None:
                 low = factor[classes]
-                quadratic.add_(low_rank_variance_term(weight, classes, low), alpha=alpha)
+                quadratic = quadratic + alpha * low_rank_variance_term(weight, classes, low)
             logits += quadratic[inverse]
             logits += 0.5 * (sigma * (own + mean) * (own - mean)).sum(dim=1, keepdim=True)
         if log_prior is not None:
@@ -211,7 +212,7 @@ class _IADALogits(torch.autograd.Function):
             if rows is None:
                 gradient = g.T @ inputs
                 if k is not None:
-                    gradient.add_(full_weight_gradient(weight, classes, kept, k), alpha=alpha)
+                    gradient = gradient + alpha * full_weight_gradient(weight, classes, kept, k)
             else:
                 scaled = alpha * rows
                 own = weight[classes]
@@ -220,7 +221,7 @@ class _IADALogits(torch.autograd.Function):
                 pull = torch.zeros_like(own).index_add_(0, inverse, through) - k.sum(dim=1, keepdim=True) * own
                 gradient.index_add_(0, classes, scaled * pull, alpha=-1)
                 if low is not None:
-                    gradient.add_(low_rank_weight_gradient(weight, classes, low, k), alpha=alpha)
+                    gradient = gradient + alpha * low_rank_weight_gradient(weight, classes, low, k)
             found["weight"] = gradient
         if wanted["epsilon"]:
             found["epsilon"] = (through * step).sum(dim=1)

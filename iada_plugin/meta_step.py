@@ -59,7 +59,7 @@ class MetaStep:
         self._skipped = torch.zeros(2, dtype=torch.long, device=device)
         self._reported = 0
         self._succeeded = False
-        self._failed_at: int | None = None
+        self.failed_at: int | None = None
 
     @torch.no_grad()
     def epsilon(self, f: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class MetaStep:
         Returns:
             Features ``[N, H]`` to take the loss of.
         """
-        if self._failed_at != step:
+        if self.failed_at != step:
             with self._survived(step):
                 self._take(forward, labels, f, step)
                 self._succeeded = True
@@ -136,19 +136,19 @@ class MetaStep:
         is rather a mistake, and not among several processes, which would wait for each other."""
         try:
             yield
+            return
         except Exception as error:
             outside = isinstance(error, MetaLoaderError) or is_out_of_memory(error)
             if not outside or not self._succeeded or self.config.on_failure == "stop" or world_size() > 1:
                 raise
-            self._failed_at = step
+            self.failed_at = step
             self.passes.forget()
             warnings.warn(f"a meta step failed and is left out: {type(error).__name__}: {error}")
             traceback.clear_frames(error.__traceback__)  # they hold what there was no memory for
-        if self._failed_at == step:
-            if self.head.weight.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self._count(torch.zeros((), dtype=torch.bool, device=self._skipped.device))
-            self.check_skipped()
+        if self.head.weight.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._count(torch.zeros((), dtype=torch.bool, device=self._skipped.device))
+        self.check_skipped()
 
     @torch.no_grad()
     def _update(self, tangent: Tangent, labels: Tensor, f: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class MetaStep:
                 raise RuntimeError(f"{what}; on_failure='skip' would go on.")
             if row >= PATIENCE:
                 raise RuntimeError(f"{row} meta steps in a row were left out: this run learns no perturbation. {what}.")
-            if before == 0 and self._failed_at is None:
+            if before == 0 and self.failed_at is None:
                 warnings.warn(f"{what}.")
         return count
 

@@ -73,8 +73,7 @@ class Passes:
             check_labels(labels, labels.shape[0] if labels.dim() else -1, self.head.out_features, always=True)
             cast = self.head.weight.dtype if self.head.weight.dtype == torch.float32 else None
             try:
-                with torch.no_grad():
-                    features = self.capture.features_of(args, kwargs, cast=cast).features
+                features = self._look_at(args, kwargs, cast)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise
@@ -84,6 +83,18 @@ class Passes:
                 ) from error
         if features.shape[0] != labels.shape[0] and features.dim() == 2:  # type: ignore[union-attr]
             raise ValueError(f"a meta batch has {features.shape[0]} inputs and {labels.shape[0]} labels.")  # type: ignore[union-attr]
+
+    @torch.no_grad()
+    def _look_at(self, args: Any, kwargs: Any, cast: torch.dtype | None) -> Tensor:
+        try:
+            found = self.capture.features_of(args, kwargs, cast=cast)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            # A model of mixed precision that runs under the caller's autocast only.
+            with torch.autocast(self.capture.device.type, dtype=torch.bfloat16):
+                found = self.capture.features_of(args, kwargs)
+        return found.features  # type: ignore[return-value]
 
     def before(self, forward: Forward, step: int) -> None:
         """The part of an online step that needs the training batch's inputs only. Taken before its pass, whose activations
@@ -98,7 +109,8 @@ class Passes:
         kind = self.capture.device.type
         dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else None
         with isolated(self.capture), torch.autocast(kind, enabled=False):
-            found = None if self._is_counted(step) else self._meta_gradient(self._draw(step), dtype)
+            batch = self._draw(step)
+            found = None if self._is_counted(step) else self._meta_gradient(batch, dtype)
             self._ready = self._probe(forward, found, step)
 
     def _is_counted(self, step: int) -> bool:
@@ -142,9 +154,8 @@ class Passes:
             step: as for :meth:`online`.
         """
         with isolated(self.capture):
-            found = None
+            batch, found = self._draw(step), None
             if not self._is_counted(step):
-                batch = self._draw(step)
                 with hg.displaced(self._values, self._virtual_step(forward, train_loss, n)):
                     found = self._meta_gradient(batch, forward.autocast_dtype)
             probe = self._probe(forward, found, step)

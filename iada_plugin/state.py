@@ -97,6 +97,7 @@ def restore(engine: MetaIADA, state: dict[str, Tensor]) -> None:
     engine.warmup_steps, engine.statistics_start = plan
     engine.statistics.reset(bool(prior_known))
     engine.meta.passes.forget()
+    engine.start_step()
     engine.meta.passes.counted = None
     if "meta_counted" in given and kept:
         step, loss, fine = given["meta_counted"].to(engine.capture.device)

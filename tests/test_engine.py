@@ -589,6 +589,21 @@ def test_random_state_and_buffers_of_any_kind_are_restored():
     torch.testing.assert_close(updates["forward"], updates["finite_difference"], rtol=1e-3, atol=1e-8)
 
 
+def test_a_model_that_runs_under_autocast_only():
+    """A frozen bf16 body under a float32 head, the caller's autocast around both."""
+    model = MLP()
+    model.body.to(torch.bfloat16).requires_grad_(False)
+    iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], hypergradient="head")
+    model.train()
+    for _ in range(3):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = iada(model(vectors()[0]), vectors()[1])
+        loss.backward()
+        optimizer.step()
+    assert iada.meta_batches.drawn == 2 and iada.meta.skipped == 0
+
+
 def test_a_pass_that_cannot_be_repeated_is_refused():
     class Counting(MLP):
         passes = 0

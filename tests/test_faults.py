@@ -1,6 +1,7 @@
 """What goes wrong in a meta step leaves no trace: parameters, buffers, random state and hooks are as before it."""
 
 import contextlib
+import copy
 import gc
 import itertools
 import random
@@ -54,7 +55,9 @@ class Run:
 
     def everything(self):
         """All that a meta step might leave changed."""
-        state = dict(self.iada.state_dict())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # in the middle of a step too
+            state = dict(self.iada.state_dict())
         state |= {f"model.{k}": v.clone() for k, v in self.model.state_dict().items()}
         state |= {f"grad.{k}": p.grad.clone() for k, p in self.model.named_parameters() if p.grad is not None}
         state |= {f"momentum.{i}": s["momentum_buffer"].clone() for i, s in enumerate(self.optimizer.state.values())}
@@ -302,6 +305,176 @@ def test_stop_and_patience():
         for seed in range(2 + PATIENCE):
             run.step(seed)
     assert run.iada.step == 1 + PATIENCE
+
+
+def test_a_loss_that_fails_after_the_meta_step_was_made(monkeypatch):
+    """The second try does not make it again."""
+    for name in ("lookahead", "online", "low"):
+        undisturbed = Run(SETTINGS[name])
+        for seed in range(4):
+            undisturbed.step(seed)
+        run = Run(SETTINGS[name])
+        for seed in range(3):
+            run.step(seed)
+        states, buffers = torch.get_rng_state(), {k: v.clone() for k, v in run.model.named_buffers()}
+        run.optimizer.zero_grad()
+        calls = 0 if name == "online" else 1  # a lookahead step takes the loss once, for its virtual step
+        error = RuntimeError("CUDA out of memory.")
+        with failing(monkeypatch, (run.iada.meta, "train_loss"), error, after=calls), pytest.raises(RuntimeError):
+            run.iada(run.model(images(3)[0]), images(3)[1])
+        for key, buffer in run.model.named_buffers():
+            if not key.startswith("fc."):
+                buffer.data.copy_(buffers[key])
+        torch.set_rng_state(states)
+        run.step(3)
+        assert run.iada.meta_batches.drawn == undisturbed.iada.meta_batches.drawn == 2
+        for key in ("perturbation.output.weight", "head.covariance"):
+            assert torch.equal(run.iada.state_dict()[key], undisturbed.iada.state_dict()[key])
+
+
+def test_out_of_memory_before_a_pass_begins(monkeypatch):
+    run = Run({})
+    for seed in range(3):
+        run.step(seed)
+    error = RuntimeError("CUDA out of memory.")
+    with failing(monkeypatch, (run.iada.capture, "_restore_buffers"), error), contextlib.suppress(RuntimeError):
+        run.step(3)
+    assert not run.iada.capture.busy
+    run.step(4)
+
+
+@pytest.mark.parametrize("how", ["buffers of one's own", "autograd.grad", "closures", "none between"])
+def test_gradients_cleared_in_the_middle_of_a_step(how):
+    """However a step accumulates, or calls its closure: one meta step."""
+    run = Run({"perturbation_size": 0.1})
+    model, iada = run.model, run.iada
+    parameters = list(model.parameters())
+    optimizer = run.optimizer
+    if how == "closures":
+        iada.close()
+        optimizer = torch.optim.LBFGS(parameters, lr=0.01, max_iter=4)
+        iada = MetaIADA(model, optimizer, meta_loader=[images(90)], class_counts=[1] * 4, steps_per_epoch=1, epochs=9,
+                        config=IADAConfig(warmup_epochs=2, virtual_lr=0.01))  # fmt: skip
+    for step in range(5):
+        optimizer.zero_grad()
+        if how == "closures":
+
+            def closure(step=step):
+                optimizer.zero_grad()
+                loss = iada(model(images(step)[0]), images(step)[1])
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+            continue
+        total = [torch.zeros_like(p) for p in parameters]
+        for k in range(3):
+            x, y = images(10 * step + k)
+            loss = iada(model(x), y)
+            if how == "autograd.grad":
+                found = torch.autograd.grad(loss, parameters)
+            else:
+                loss.backward()
+                found = [p.grad.clone() for p in parameters]
+            total = [a + b for a, b in zip(total, found, strict=True)]
+            if how.startswith("buffers"):
+                optimizer.zero_grad()
+        for p, gradient in zip(parameters, total, strict=True):
+            p.grad = gradient
+        optimizer.step()
+    assert iada.step == 5 and iada.meta_batches.drawn == 3
+
+
+class Augmented(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        x, y = images(7)
+        noise = torch.randn(3, 8, 8) + random.gauss(0, 1) + float(np.random.randn())
+        return x[index] + noise, y[index]
+
+
+def generated():
+    for seed in range(50):
+        yield images(seed)
+
+
+META = {
+    "endless": lambda: meta_dataloader(Augmented(), 4, seed=0),
+    "endless, workers": lambda: meta_dataloader(Augmented(), 4, seed=0, num_workers=2),
+    "shuffled": lambda: torch.utils.data.DataLoader(Augmented(), 4, shuffle=True),
+    "generator": generated,
+}
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("loader", list(META))
+@pytest.mark.parametrize("name", ["lookahead", "online"])
+def test_an_augmented_meta_set_goes_on_exactly(name, loader, between):
+    """In a fresh engine, also from a state that was taken between the pass and the loss."""
+
+    def parts(run):
+        return run.model.state_dict(), run.optimizer.state_dict(), run.iada.state_dict(), torch.get_rng_state()
+
+    whole = Run(SETTINGS[name], META[loader]())
+    for seed in range(7):
+        whole.step(seed)
+    expected = whole.everything()
+    stopped = Run(SETTINGS[name], META[loader]())
+    for seed in range(4):
+        stopped.step(seed)
+    kept = copy.deepcopy(parts(stopped))
+    if between:
+        stopped.model(images(4)[0])
+        kept = (*kept[:2], copy.deepcopy(stopped.iada.state_dict()), kept[3])
+    resumed = Run(SETTINGS[name], META[loader]())
+    resumed.model.load_state_dict(kept[0])
+    resumed.optimizer.load_state_dict(kept[1])
+    resumed.iada.load_state_dict(kept[2])
+    torch.set_rng_state(kept[3])
+    for seed in range(4, 7):
+        resumed.step(seed)
+    found = resumed.everything()
+    for key in expected[0]:
+        assert torch.equal(expected[0][key], found[0][key]), key
+
+
+def test_what_cannot_go_on_exactly_is_said():
+    def own():
+        return torch.utils.data.DataLoader(Augmented(), 4, shuffle=True, generator=torch.Generator())
+
+    run = Run({}, own())
+    for seed in range(4):
+        run.step(seed)
+    state = run.iada.state_dict()
+    with pytest.warns(UserWarning, match="generator of its own"):
+        Run({}, own()).iada.load_state_dict(state)
+    once = Run({}, generated())
+    for seed in range(4):
+        once.step(seed)
+    state = once.iada.state_dict()
+    once.step(4)
+    with pytest.warns(UserWarning, match="read only once"):
+        once.iada.load_state_dict(state)
+    # A meta set that became shorter: refused, and the run it was loaded into goes on as if nothing had been tried.
+    long, twin = (Run({}, [images(s) for s in range(3)]) for _ in range(2))
+
+    def both(seed):
+        for each in (long, twin):
+            torch.manual_seed(seed)
+            each.step(seed)
+
+    for seed in range(4):
+        both(seed)
+    bad = {**long.iada.state_dict(), "meta_position": torch.tensor([9, 0, 9])}
+    with pytest.raises(ValueError, match="now ends after 3"):
+        long.iada.load_state_dict(bad)
+    both(5)
+    assert all(torch.equal(v, twin.iada.state_dict()[k]) for k, v in long.iada.state_dict().items())
+    twin.iada(twin.model(images(6)[0]), images(6)[1])
+    with pytest.warns(UserWarning, match="in the middle of an optimizer step"):
+        twin.iada.state_dict()
 
 
 # --------------------------------------------------------------------------------------------------------------- leaks

@@ -149,6 +149,27 @@ def test_compiled(schedule, how):
     agree(run(settings, wrap=wrap), run(settings), 0.99)
 
 
+@needs_compiler
+@pytest.mark.parametrize("kind", ["full", "low rank"])
+def test_inductor_keeps_the_logits_and_their_gradients(kind):
+    """A function that users may compile themselves."""
+    from iada_plugin.covariance import LowRank
+    from iada_plugin.functional import iada_logits
+
+    torch.compiler.reset()
+    h, w, b = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((8, 6), (5, 6), (5,)))
+    y, epsilon, prior = (t.to(DEVICE) for t in (torch.arange(8) % 5, torch.rand(8), torch.zeros(5)))
+    factor = torch.randn(5, 6, 2, device=DEVICE)
+    covariance = factor @ factor.mT if kind == "full" else LowRank(factor[..., 0].square(), factor)
+
+    def step(h, w, b):
+        logits = iada_logits(h, w, b, y, epsilon, covariance, prior, in_margin=True)
+        return logits, *torch.autograd.grad(F.cross_entropy(logits, y), (h, w, b))
+
+    for one, other in zip(step(h, w, b), torch.compile(step)(h, w, b), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_channels_last_checkpointing_and_clipping():
     expected = run({}, clip=0.5)
     agree(run({}, clip=0.5, memory_format=torch.channels_last), expected, 0.99)
