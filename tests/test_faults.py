@@ -409,7 +409,7 @@ META = {
 
 
 @pytest.mark.parametrize("between", [False, True])
-@pytest.mark.parametrize("loader", list(META))
+@pytest.mark.parametrize("loader", [pytest.param(k, marks=pytest.mark.slow if "workers" in k else ()) for k in META])
 @pytest.mark.parametrize("name", ["lookahead", "online"])
 def test_an_augmented_meta_set_goes_on_exactly(name, loader, between):
     """In a fresh engine, also from a state that was taken between the pass and the loss."""
@@ -438,6 +438,23 @@ def test_an_augmented_meta_set_goes_on_exactly(name, loader, between):
     found = resumed.everything()
     for key in expected[0]:
         assert torch.equal(expected[0][key], found[0][key]), key
+
+
+def test_samples_read_by_workers_have_seeds_of_their_own():
+    """Whichever worker reads them, and from whatever batch on."""
+
+    def batches(start, count):
+        loader = meta_dataloader(Augmented(), 4, seed=0, num_workers=2)
+        loader.batch_sampler.position = start
+        numbers = itertools.islice(loader.batch_sampler, count)
+        return [[loader.dataset[key][0] for key in batch] for batch in numbers]
+
+    whole, late = batches(0, 6), batches(4, 2)
+    assert all(
+        torch.equal(a, b) for one, two in zip(whole[4:], late, strict=True) for a, b in zip(one, two, strict=True)
+    )
+    flat = torch.stack([x for batch in whole for x in batch])
+    assert len(torch.unique(flat[:, 0, 0, 0])) == 24  # none is augmented as another
 
 
 def test_what_cannot_go_on_exactly_is_said():
