@@ -55,7 +55,8 @@ class MetaIADA:
         model: the model, before or after DDP or ``torch.compile``; its classifier is converted in place to an
             `IADAHead` (an existing one is used as it is).
         optimizer: the optimizer that trains it; one in Accelerate's wrapper is fine.
-        meta_loader: yields clean, balanced batches ``(input, target)`` or dicts with "labels"; cycled endlessly.
+        meta_loader: yields clean, balanced batches ``(input, target)`` or dicts with "labels"; cycled endlessly. One is run
+            through the model at once, to see whether it can be.
         class_counts: ``[C]`` training samples per class for the prior. ``None``: counted during warm-up.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: length of the run. Without it ``warmup_ratio`` has no meaning and, unless ``warmup_epochs`` is set, the
@@ -169,8 +170,6 @@ class MetaIADA:
         """Whether the next optimizer step still trains without perturbation."""
         return self.step < self.warmup_steps
 
-    # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
-    @torch.compiler.disable
     def __call__(self, output: Tensor, target: Tensor, denominator: Tensor | float | None = None) -> Tensor:
         """Training loss of the batch whose logits are ``output``.
 
@@ -187,6 +186,11 @@ class MetaIADA:
             ValueError: labels that are no class indices, or soft targets after the warm-up.
             RuntimeError: ``output`` does not come from this model's classifier.
         """
+        return self._loss(output, target, denominator)  # type: ignore[no-any-return]
+
+    # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
+    @torch.compiler.disable
+    def _loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None) -> Tensor:
         if self._closed:
             raise RuntimeError("this MetaIADA was closed: make a new one, or call close() after the last step.")
         if not isinstance(output, Tensor):
