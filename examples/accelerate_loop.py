@@ -5,6 +5,8 @@
     python examples/accelerate_loop.py --output run                                   # ... killed somewhere, and then
     python examples/accelerate_loop.py --output run                                   # goes on where it was saved last
 
+(Killing torchrun itself with SIGKILL leaves its processes running: end those too before starting again in the same folder.)
+
 scikit-learn's digits with 40 % of the labels of each class turned into two others (flip2), and a small network without
 BatchNorm, which would see half a batch on each of two processes.
 """
@@ -70,7 +72,9 @@ def main():
 
     # Seeded by the epoch, the order of the samples is the same again after an interruption.
     loading = DataLoaderConfiguration(use_seedable_sampler=True)
-    accelerator = Accelerator(cpu=args.cpu, dataloader_config=loading)
+    # Several processes without a GPU: Accelerate has to be told.
+    cpu = args.cpu or (int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available())
+    accelerator = Accelerator(cpu=cpu, dataloader_config=loading)
     set_seed(args.seed)
     train, meta, test = digits(args.seed)
     processes = accelerator.num_processes

@@ -173,14 +173,14 @@ class MetaBatches:
                 continue
             except Exception as error:
                 self.drawn += 1  # it is left out
-                self.within += not self._endless
+                self.within += not self.shared_out
                 raise MetaLoaderError(f"meta_loader raised {type(error).__name__}: {error}") from error
-            self.within += not self._endless
+            self.within += not self.shared_out
             return batch
         raise ValueError("meta_loader yields nothing (any more): pass a loader that can be iterated again and again.")
 
     def _open(self, seed: int) -> None:
-        if self._endless:
+        if self.shared_out:
             self.loader.batch_sampler.position = self.drawn  # type: ignore[attr-defined]
         else:
             self.opened, self.within = seed, 0
@@ -194,14 +194,14 @@ class MetaBatches:
         return iterator
 
     @property
-    def _endless(self) -> bool:
-        """The loader is :func:`meta_dataloader`'s, which can start anywhere."""
+    def shared_out(self) -> bool:
+        """The loader is :func:`meta_dataloader`'s, which can start anywhere and gives each process its share."""
         return isinstance(getattr(self.loader, "batch_sampler", None), EndlessBatches)
 
     @property
     def position(self) -> tuple[int, int, int]:
         """``drawn``, ``opened`` and ``within``, not counting a batch that was not used yet."""
-        waiting = self._waiting is not None and not self._endless
+        waiting = self._waiting is not None and not self.shared_out
         return self.drawn, self.opened, self.within - waiting
 
     def move_to(self, position: Sequence[int]) -> None:

@@ -19,7 +19,6 @@ from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_f
 from .checks import CUDA_GRAPH_MODES, REENTRANT
 from .config import IADAConfig
 from .data.meta import labels_of
-from .distributed import world_size
 from .engine import MetaIADA
 
 
@@ -316,11 +315,6 @@ def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
     """What cannot work, said before the first step."""
     if args.label_smoothing_factor:
         raise ValueError(_LOSS_OUTSIDE)
-    if args.world_size != world_size():
-        raise ValueError(
-            f"the Trainer counts {args.world_size} processes and torch.distributed {world_size()}: Meta-IADA reduces over the"
-            " default process group. Launch with torchrun or accelerate launch."
-        )
     if args.n_gpu > 1:
         raise ValueError(
             "the Trainer would wrap the model in DataParallel, which copies it in every step. Launch with torchrun"

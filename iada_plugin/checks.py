@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import IADAConfig
+from .distributed import world_size
 from .hypergradient import RELATIVE_STEP
 from .sharding import is_fsdp, is_sharded
 
@@ -52,6 +54,23 @@ def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool, bool]:
             model = model.module  # type: ignore[assignment]
         else:
             return model, compiled, graphs
+
+
+def check_processes() -> None:
+    """Accelerate, where it is in use, and torch.distributed count the same processes.
+
+    Raises:
+        ValueError: they do not.
+    """
+    states = sys.modules.get("accelerate.state")
+    if states is None or not states.PartialState._shared_state:
+        return
+    counted = states.PartialState().num_processes
+    if counted != world_size():
+        raise ValueError(
+            f"Accelerate counts {counted} processes and torch.distributed {world_size()}: each would train by itself. On CPUs"
+            " tell Accelerate so, Accelerator(cpu=True) or TrainingArguments(use_cpu=True), and launch with torchrun."
+        )
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -112,8 +112,8 @@ class IADAConfig:
     on_failure: str = _setting(
         "skip",
         "A meta step that fails (values that are not finite; on one process also out of memory, or a meta loader that"
-        " raises): 'skip' leaves it out, counts it as iada/skipped_steps and warns; 'stop' raises. 100 in a row stop in any"
-        " case, as does an error in the first one.",
+        " raises): 'skip' leaves it out, counts it as iada/skipped_steps (since the start) and warns; 'stop' raises. 100 in a row"
+        " stop in any case, as does an exception in the first one.",
     )
     seed: int = _setting(0, "Seed of the perturbation network, of the meta sampler and of the meta passes.")
 

@@ -19,6 +19,7 @@ from .checks import (
     check_denominator,
     check_labels,
     check_parameters,
+    check_processes,
     is_soft,
     plan_warmup,
     refuse_reentrant_checkpointing,
@@ -103,6 +104,7 @@ class MetaIADA:
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
         self.config = config = IADAConfig.of(config)
+        check_processes()
         self.model, *compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
@@ -357,6 +359,8 @@ class MetaIADA:
                 f"MetaIADA was closed before its first meta step: {self.step} optimizer steps were counted and the warm-up"
                 f" lasts {self.warmup_steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."
             )
+        if not self._closed and self.meta_batches.drawn and self.meta.skipped >= self.meta_batches.drawn:
+            warnings.warn("every meta step of this run was left out (iada/skipped_steps): it learned no perturbation.")
         self._closed = True
         self.meta.passes.forget()
         self.capture.remove()

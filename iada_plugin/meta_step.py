@@ -268,16 +268,18 @@ class MetaStep:
         (count, row), before = self._skipped.tolist(), self._reported
         self._reported = count
         if count > before:
-            what = (
-                "the meta loss or its gradient is not finite, so that the meta step is left out (iada/skipped_steps). Look"
-                " for NaN in the inputs of the training and meta set, or lower virtual_lr"
-            )
+            what = "something in the meta step is not finite (the meta loss, its gradient, or the training batch)"
+            hint = "Look for NaN in the inputs of the training and meta set, or lower virtual_lr"
             if self.config.on_failure == "stop":
-                raise RuntimeError(f"{what}; on_failure='skip' would go on.")
+                raise RuntimeError(
+                    f"{what}, and on_failure='stop'. {hint}; on_failure='skip' would go on without this meta step."
+                )
             if row >= PATIENCE:
-                raise RuntimeError(f"{row} meta steps in a row were left out: this run learns no perturbation. {what}.")
+                raise RuntimeError(
+                    f"{row} meta steps in a row were left out, so that this run learns nothing: {what}. {hint}."
+                )
             if before == 0 and self.failed_at is None:
-                warnings.warn(f"{what}.")
+                warnings.warn(f"{what}: this meta step is left out, and counted as iada/skipped_steps. {hint}.")
         return count
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import hypergradient as hg
 from . import sharding
@@ -15,7 +17,7 @@ from .batches import MetaBatches
 from .capture import Capture, Forward
 from .checks import check_labels, is_out_of_memory
 from .config import IADAConfig
-from .distributed import global_mean, weighted_average_
+from .distributed import gather_rows, global_mean, weighted_average_, world_size
 from .isolation import isolated, seed_rng
 from .tangents import Probe, Tangent, Tangents
 from .virtual_step import LossScale, VirtualStep, loss_gradient
@@ -81,6 +83,14 @@ class Passes:
                     f"the model cannot run a meta batch ({type(error).__name__}: {error}): meta_loader has to yield inputs in"
                     " the form of the training batches."
                 ) from error
+        if world_size() > 1 and not self.batches.shared_out:
+            leaves = [t for t in tree_leaves((args, kwargs, labels)) if isinstance(t, Tensor)]
+            sums = gather_rows(torch.stack([t.double().sum() for t in leaves])[None])[0]
+            if bool((sums == sums[0]).all()):
+                warnings.warn(
+                    "all processes get the same meta batches: give each a share of its own, for example by"
+                    " iada_plugin.meta_dataloader(dataset, batch_size_over_all_processes, seed), which is not to be prepared."
+                )
         if features.shape[0] != labels.shape[0] and features.dim() == 2:  # type: ignore[union-attr]
             raise ValueError(f"a meta batch has {features.shape[0]} inputs and {labels.shape[0]} labels.")  # type: ignore[union-attr]
 

@@ -103,11 +103,26 @@ def train_all(rank, world, folder):
         torch.save(train(rank, world, name), f"{folder}/{name}-{rank}.pt")
     if world == 2:
         the_small_parts(rank)
+        what_is_said_of_processes()
         one_rank_is_not_finite(rank)
         optimizer = torch.optim.SGD((model := MLP()).parameters(), lr=0.1)
         with pytest.raises(ValueError, match="static_graph"):
             MetaIADA(DistributedDataParallel(model, static_graph=True), optimizer, meta_loader=[], steps_per_epoch=2)
     finish()
+
+
+def what_is_said_of_processes():
+    x, y = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    optimizer = torch.optim.SGD((model := MLP()).parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match="same meta batches"):
+        MetaIADA(model, optimizer, meta_loader=[(x, y)], steps_per_epoch=1, epochs=3,
+                 config=IADAConfig(warmup_epochs=1))  # fmt: skip
+    from accelerate.state import PartialState
+
+    PartialState._shared_state = {"num_processes": 1, "backend": None, "_cpu": True, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match=r"Accelerate counts 1 processes and torch.distributed 2.*cpu=True"):
+        MetaIADA(MLP(), optimizer, meta_loader=[(x, y)], steps_per_epoch=1)
+    PartialState._shared_state = {}
 
 
 def the_small_parts(rank):

@@ -305,6 +305,12 @@ def test_stop_and_patience():
         for seed in range(2 + PATIENCE):
             run.step(seed)
     assert run.iada.step == 1 + PATIENCE
+    run = Run({}, [nan])
+    with pytest.warns(UserWarning, match="left out"):
+        for seed in range(5):
+            run.step(seed)
+    with pytest.warns(UserWarning, match="every meta step of this run was left out"):
+        run.iada.close()
 
 
 def test_a_loss_that_fails_after_the_meta_step_was_made(monkeypatch):
