@@ -172,3 +172,17 @@ def test_accelerate_saves_and_loads_it(tmp_path, kind, at):
     assert all(a.equal(b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(found, expected, strict=True))
     saved = torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)
     assert saved["counters"][0] == at
+
+
+@pytest.mark.slow
+def test_the_soak_benchmark(tmp_path):
+    """Its smallest size: killed, resumed, compared."""
+    root = SCRIPT.parents[1]
+    command = [sys.executable, str(root / "benchmarks" / "soak.py"), "--size", "tiny", "--compare"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [*command, "--json", str(tmp_path / "soak.json")], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "bit-identical to the undisturbed run: True" in done.stdout
+    assert (tmp_path / "soak.json").stat().st_size > 0
