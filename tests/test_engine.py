@@ -35,12 +35,13 @@ def make(model, meta, *, warmup=1, steps=1, epochs=10, lr=0.1, counts=None, opti
     return iada, optimizer
 
 
-def fit(model, criterion, optimizer, batches):
+def fit(model, criterion, optimizer, batches, autocast=False):
     model.train()
     losses = []
     for x, y in batches:
         optimizer.zero_grad()
-        loss = criterion(model(x), y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = criterion(model(x), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -594,13 +595,7 @@ def test_a_model_that_runs_under_autocast_only():
     model = MLP()
     model.body.to(torch.bfloat16).requires_grad_(False)
     iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], hypergradient="head")
-    model.train()
-    for _ in range(3):
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = iada(model(vectors()[0]), vectors()[1])
-        loss.backward()
-        optimizer.step()
+    fit(model, iada, optimizer, [vectors()] * 3, autocast=True)
     assert iada.meta_batches.drawn == 2 and iada.meta.skipped == 0
 
 
@@ -628,14 +623,8 @@ def test_other_dropout_masks_in_half_precision_are_named():
 
     model = Fused()
     iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1])
-    model.train()
     with pytest.warns(UserWarning, match="draws other dropout masks"):
-        for _ in range(3):
-            optimizer.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = iada(model(vectors()[0]), vectors()[1])
-            loss.backward()
-            optimizer.step()
+        fit(model, iada, optimizer, [vectors()] * 3, autocast=True)
     dot = iada.meta.perturbation.output.weight
     assert iada.meta.skipped == 0 and dot.any() and dot.isfinite().all()
 
