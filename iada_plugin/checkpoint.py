@@ -31,7 +31,7 @@ def fingerprint(head: IADAHead) -> str:
     digest = hashlib.sha256()
     for tensor in (head.weight, head.bias):
         if tensor is not None:
-            digest.update(whole(tensor.detach()).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(_bytes(whole(tensor.detach()).cpu()))
     return digest.hexdigest()
 
 
@@ -39,10 +39,13 @@ def digest(tensors: dict[str, Tensor], info: dict[str, Any]) -> str:
     """SHA-256 of a file's contents: safetensors has no checksum of its own."""
     found = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
     for key in sorted(tensors):
-        tensor = tensors[key].contiguous()
-        found.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        found.update(_bytes(tensors[key]))
     return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def save_state(engine: MetaIADA, path: str | Path, write: bool = True) -> None:
