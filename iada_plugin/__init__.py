@@ -14,6 +14,7 @@ _HOME = {
     "MetaIADA": ".engine",
     "MetaIADACallback": ".callback",
     "MetaIADATask": ".timm_task",
+    "Report": ".report",
     "balanced_meta_split": ".data.meta",
     "meta_dataloader": ".batches",
     "last_complete_checkpoint": ".checkpoint",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .data.meta import balanced_meta_split as balanced_meta_split
     from .engine import MetaIADA as MetaIADA
     from .head import IADAHead as IADAHead
+    from .report import Report as Report
     from .timm_task import MetaIADATask as MetaIADATask
 
 

@@ -182,6 +182,10 @@ class IADAConfig:
         """Settings as JSON types."""
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
 
+    def changed(self) -> dict[str, Any]:
+        """Settings that are not the default."""
+        return {k: v for k, v in self.to_dict().items() if getattr(self, k) != self.__dataclass_fields__[k].default}
+
     @classmethod
     def of(cls, config: IADAConfig | None) -> IADAConfig:
         """``config``, or the defaults where it is ``None``.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from .distributed import global_mean, on_any_process
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .meta_step import MetaStep, mean_loss
 from .passes import Passes
+from .recorder import Recorder
 from .sharding import is_fsdp, tie
 from .statistics import Statistics
 
@@ -70,6 +71,7 @@ class MetaIADA:
         epsilon: ``[N]`` of the last training batch, ``None`` in warm-up. Low values mark labels that look wrong.
         step: optimizer steps so far.
         trained: whether a backward pass went through a loss of this criterion.
+        recorder: takes note of what is trained, for a :class:`iada_plugin.Report`.
 
     Raises:
         ValueError, TypeError: whatever is found wrong before training starts.
@@ -108,7 +110,10 @@ class MetaIADA:
         self.model, *compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
         self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
+        self.steps_per_epoch = steps_per_epoch
         self.epsilon: Tensor | None = None
+        self.recorder: Recorder | None = None
+        self.before_close: list[Callable[[], None]] = []
         self.step, self._calls, self._warned, self._closed = 0, 0, False, False
         self.trained, self._backward = False, False
         self._made_in: int | None = None  # the optimizer step whose meta step was made
@@ -172,7 +177,13 @@ class MetaIADA:
         """Whether the next optimizer step still trains without perturbation."""
         return self.step < self.warmup_steps
 
-    def __call__(self, output: Tensor, target: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    def __call__(
+        self,
+        output: Tensor,
+        target: Tensor,
+        denominator: Tensor | float | None = None,
+        ids: Tensor | None = None,
+    ) -> Tensor:
         """Training loss of the batch whose logits are ``output``.
 
         Args:
@@ -180,19 +191,20 @@ class MetaIADA:
             target: ``[N]`` class indices.
             denominator: divide the summed loss by this (number of samples in all micro-batches of the optimizer step)
                 instead of taking the mean.
+            ids: ``[N]`` row numbers of the samples in the training set, for a :class:`iada_plugin.Report`.
 
         Returns:
             Scalar.
 
         Raises:
-            ValueError: labels that are no class indices, or soft targets after the warm-up.
+            ValueError: labels that are no class indices, soft targets after the warm-up, or ids that are no row numbers.
             RuntimeError: ``output`` does not come from this model's classifier.
         """
-        return self._loss(output, target, denominator)  # type: ignore[no-any-return]
+        return self._loss(output, target, denominator, ids)  # type: ignore[no-any-return]
 
     # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
     @torch.compiler.disable
-    def _loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None) -> Tensor:
+    def _loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None, ids: Tensor | None) -> Tensor:
         if self._closed:
             raise RuntimeError("this MetaIADA was closed: make a new one, or call close() after the last step.")
         if not isinstance(output, Tensor):
@@ -214,7 +226,7 @@ class MetaIADA:
         self.capture.settle()
         # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
         with torch.autocast(output.device.type, enabled=False):
-            loss = self._training_loss(output, target, denominator)
+            loss = self._training_loss(output, target, denominator, ids)
         if denominator is None:
             loss = global_mean(loss, output.shape[0])
         if self.capture.sharded:
@@ -223,8 +235,12 @@ class MetaIADA:
             loss.register_hook(self._note_backward)
         return loss
 
-    def _training_loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None) -> Tensor:
+    def _training_loss(
+        self, output: Tensor, target: Tensor, denominator: Tensor | float | None, ids: Tensor | None
+    ) -> Tensor:
         forward = self.capture.take(output)
+        if self.recorder is not None:
+            self.recorder.check(ids, output.shape[0])
         self._end_skipped_step()
         self._calls += 1
         if self._calls == 200 and self.step == 0:
@@ -250,9 +266,13 @@ class MetaIADA:
                         " one, which can take over its state_dict()."
                     )
                 features = self.meta(forward, target, f, self.step)
+                if self.recorder is not None and self.meta.failed_at != self.step:
+                    self.recorder.add_meta_loss(*self.meta.last_loss)
                 self._made_in = self.step  # if what follows fails, a second try has it already
             epsilon = self.meta.epsilon(f)
             loss = self.meta.train_loss(features, target, epsilon, denominator)
+            if self.recorder is not None:
+                self.recorder.add(target, forward.logits, *self.statistics.last, epsilon, ids)  # type: ignore[arg-type]
             self.statistics.note(epsilon)
         except BaseException:
             self.statistics.forget_last()
@@ -301,6 +321,8 @@ class MetaIADA:
             self.step += 1
 
     def _flush(self) -> None:
+        if self.recorder is not None:
+            self.recorder.end_step(self.step, 0 if self.in_warmup else 2 if self._made_in == self.step else 1)
         self._backward, self._made_in = False, None
         with torch.autocast(self.capture.device.type, enabled=False):
             self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation, log=self.meta.log)
@@ -361,6 +383,9 @@ class MetaIADA:
             )
         if not self._closed and self.meta_batches.drawn and self.meta.skipped >= self.meta_batches.drawn:
             warnings.warn("every meta step of this run was left out (iada/skipped_steps): it learned no perturbation.")
+        if not self._closed:
+            for function in self.before_close:
+                function()
         self._closed = True
         self.meta.passes.forget()
         self.capture.remove()

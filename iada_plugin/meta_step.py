@@ -60,6 +60,8 @@ class MetaStep:
         self._reported = 0
         self._succeeded = False
         self.failed_at: int | None = None
+        #: Meta loss ``[]`` of the last meta step, and whether that was finite ``[]``.
+        self.last_loss: tuple[Tensor, Tensor]
 
     @torch.no_grad()
     def epsilon(self, f: Tensor) -> Tensor:
@@ -125,7 +127,8 @@ class MetaStep:
             )
         fine = self._update(tangent, labels, f)
         self.passes.commit()
-        self.log.add_meta_loss(tangent.meta_loss, fine)
+        self.last_loss = tangent.meta_loss, fine
+        self.log.add_meta_loss(*self.last_loss)
         self._count(fine)
         if fine.device.type == "cpu" or self.config.on_failure == "stop":
             self.check_skipped()

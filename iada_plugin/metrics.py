@@ -7,6 +7,18 @@ from typing import Any
 import numpy as np
 
 
+def as_integers(values: Any, name: str) -> np.ndarray:
+    """``[N]`` whole numbers, from a tensor, an array or a list.
+
+    Raises:
+        ValueError: naming ``name``, for anything else.
+    """
+    found = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be whole numbers [N], got {found.dtype} {list(found.shape)}.")
+    return found.astype(np.int64)
+
+
 def group_accuracies(correct: Any, groups: Any) -> np.ndarray:
     """Accuracy of each group.
 
@@ -142,3 +154,25 @@ def shot_accuracies(class_accuracy: Any, train_counts: Any, *, many: int = 100, 
     accuracy, counts = np.asarray(class_accuracy, dtype=float), np.asarray(train_counts)
     parts = {"many": counts > many, "medium": (counts <= many) & (counts >= few), "few": counts < few}
     return {name: float(np.nanmean(accuracy[part])) if part.any() else float("nan") for name, part in parts.items()}
+
+
+def auroc(scores: Any, positive: Any) -> float:
+    """Area under the ROC curve of ``scores`` ``[N]`` as a detector of ``positive`` ``[N]``: the probability that a positive
+    sample has the higher score, ties counted half. NaN where there is only one kind."""
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = (counts.cumsum() - (counts - 1) / 2)[inverse.ravel()]  # mean rank of equal scores, from 1
+    n = int(positive.sum())
+    if n in (0, len(positive)):
+        return float("nan")
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+
+def precision_recall(scores: Any, positive: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Precision and recall of taking the samples with the k highest ``scores`` ``[N]`` for ``positive`` ``[N]``, at each k where
+    the score changes: ``[K]`` and ``[K]``, recall rising."""
+    scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
+    order = np.argsort(-scores, kind="stable")
+    hits = positive[order].cumsum()
+    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of each run of equal scores
+    return hits[last] / (last + 1), hits[last] / max(int(positive.sum()), 1)

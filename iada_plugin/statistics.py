@@ -123,6 +123,11 @@ class Statistics:
         """The micro-batch observed last was trained with ``epsilon`` ``[N]``."""
         self._pending[-1].append(epsilon)
 
+    @property
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Characteristics ``[N, K]`` and loss ``[N]`` of the micro-batch observed last."""
+        return self._pending[-1][2], self._pending[-1][3]
+
     def forget_last(self) -> None:
         """The micro-batch observed last came to nothing: an error, or an interrupt."""
         del self._pending[-1:]

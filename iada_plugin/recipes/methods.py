@@ -17,6 +17,7 @@ from .. import __version__
 from ..config import IADAConfig
 from ..engine import MetaIADA
 from ..isolation import seed_rng
+from ..metrics import auroc
 from .loop import Batches, Samples, fit, predict
 from .scenario import Scenario, Settings
 
@@ -241,9 +242,7 @@ def _noise_auroc(criterion: Any, train: Samples) -> float | None:
     signal = getattr(criterion, "signal", None)
     if signal is None or train.clean is None or not bool((wrong := train.clean != train.y).any()):
         return None
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(wrong.cpu().numpy(), signal.cpu().numpy()))
+    return auroc(signal.cpu().numpy(), wrong.cpu().numpy())
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,339 @@
+"""What happens to the samples during training, kept at bounded memory: the data behind a report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .distributed import world_size
+
+#: Batches wait on their device for so many optimizer steps before they are copied.
+_STEPS_WAITING = 64
+_KINDS = ("warm-up", "IADA loss", "meta step")
+
+
+class Curve:
+    """A curve of any length in at most ``capacity`` points, each the mean of as many values as any other; the width doubles when they are full.
+
+    Args:
+        capacity: points, even.
+    """
+
+    def __init__(self, capacity: int = 2000) -> None:
+        self.capacity, self.width = capacity, 1
+        self._points: list[float] = []
+        self._open: list[float] = []
+
+    def add(self, value: float) -> None:
+        """One more value."""
+        self._open.append(value)
+        if len(self._open) == self.width:
+            self._points.append(float(np.mean(self._open)))
+            self._open = []
+            if len(self._points) == self.capacity:
+                self._points = np.reshape(self._points, (-1, 2)).mean(axis=1).tolist()
+                self.width *= 2
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which value (from 0, the middle of each point's) and what: ``[P]`` and ``[P]``."""
+        values = self._points + ([float(np.mean(self._open))] if self._open else [])
+        return (np.arange(len(values)) + 0.5) * self.width - 0.5, np.array(values)
+
+
+class Reservoir:
+    """A uniform sample of a stream of rows (Vitter, 1985, "Random sampling with a reservoir", algorithm R).
+
+    Args:
+        capacity: rows kept.
+        columns: numbers in a row.
+        seed: of the draws.
+    """
+
+    def __init__(self, capacity: int, columns: int, seed: int = 0) -> None:
+        self._kept = np.empty((capacity, columns), dtype=np.float64)
+        self._draw = np.random.default_rng(seed)
+        self.seen = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        """Rows ``[n, columns]``."""
+        number = self.seen + np.arange(len(rows))
+        place = np.where(number < len(self._kept), number, self._draw.integers(0, number + 1))
+        taken = place < len(self._kept)
+        self._kept[place[taken]] = rows[taken]  # of two rows for one place the later one stays
+        self.seen += len(rows)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """What is kept, ``[min(seen, capacity), columns]``."""
+        return self._kept[: self.seen]
+
+
+class Recorder:
+    """Follows the training batches after the warm-up.
+
+    Of every sample with an id: epsilon and loss in each of the last ``epochs`` epochs, its label and its last prediction
+    (about ``8 epochs + 8`` bytes a sample). Of a random part of all samples: the characteristics too. Of every epoch: how
+    many samples of each class were adversarial, and the time of a step. In several processes each follows its own batches, and
+    :meth:`merged` puts them together.
+
+    Args:
+        num_classes: C.
+        num_characteristics: K.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: how many of the last epochs are kept.
+        capacity: rows with characteristics, over these epochs.
+        max_id: ids are below this.
+        true_labels: ``[n]`` true label of the sample of each id, where it is known.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        num_characteristics: int,
+        steps_per_epoch: float,
+        *,
+        epochs: int = 5,
+        capacity: int = 10_000,
+        max_id: int = 2_000_000,
+        true_labels: Any = None,
+    ) -> None:
+        self.num_classes, self.steps_per_epoch, self.epochs, self.max_id = num_classes, steps_per_epoch, epochs, max_id
+        self.true_labels = None if true_labels is None else np.asarray(true_labels).astype(np.int64)
+        self._limit = max_id if true_labels is None else min(max_id, len(true_labels))
+        self.with_ids: bool | None = None  # not known before the first batch
+        self._part = max(1, capacity // epochs)
+        self._columns = 4 + num_characteristics
+        self.reservoirs: dict[int, Reservoir] = {}
+        #: Per epoch: ``[C, 3]`` samples, adversarial ones and sum of epsilon of each class; ``[2, 3]`` of right and wrong labels.
+        self.by_class: dict[int, np.ndarray] = {}
+        self.by_truth: dict[int, np.ndarray] = {}
+        self.meta_loss = Curve()
+        #: Per epoch and kind of step: first quartile, median and third quartile of its seconds.
+        self.seconds: dict[int, dict[str, list[float]]] = {}
+        self.first_step: int | None = None
+        self.last_step = 0
+        self.epsilon, self.loss = (np.full((epochs, 0), np.nan, np.float32) for _ in range(2))
+        self.label, self.predicted = (np.zeros(0, np.int32) for _ in range(2))
+        self._held: dict[int, int] = {}  # which epoch each row of the rings holds
+        self._waiting: list[list[Tensor]] = []
+        self._losses: list[tuple[Tensor, Tensor]] = []
+        self._steps = 0
+        self._epoch = 0
+        self._times: dict[str, Reservoir] = {}
+        self._clock: float | None = None
+
+    # ------------------------------------------------------------------------------------------------ from the engine
+
+    def check(self, ids: Tensor | None, n: int) -> None:
+        """The ids of a batch of ``n`` samples can be used.
+
+        Raises:
+            ValueError: they are no row numbers ``[n]``, or some batches have them and others not.
+        """
+        if ids is not None:
+            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
+                found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+                raise ValueError(f"ids are {found}: pass the row numbers of the batch's {n} samples, integers [{n}].")
+            if ids.device.type == "cpu":  # else when they are copied
+                _check_range(ids.numpy(), self._limit)
+        if self.with_ids is None:
+            if self.true_labels is not None and ids is None:
+                raise ValueError(
+                    "true_labels are known by sample id: pass ids= with each batch, or leave true_labels out."
+                )
+            self.with_ids = ids is not None
+        if self.with_ids != (ids is not None):
+            raise ValueError("some batches have sample ids and others not: pass ids= with all of them, or with none.")
+
+    def add(self, labels: Tensor, logits: Tensor, f: Tensor, loss: Tensor, epsilon: Tensor, ids: Tensor | None) -> None:
+        """A training batch: labels, loss and epsilon ``[N]``, logits ``[N, C]``, characteristics ``[N, K]``, ids ``[N]``."""
+        columns = [labels, logits.detach().argmax(dim=1), epsilon.detach(), loss, f]
+        self._waiting.append(columns if ids is None else [*columns, ids])
+
+    def add_meta_loss(self, loss: Tensor, fine: Tensor) -> None:
+        """One meta step's loss ``[]``, and whether it was finite ``[]``."""
+        self._losses.append((loss, fine))
+
+    def end_step(self, step: int, kind: int) -> None:
+        """Optimizer step ``step`` (from 0) is over: 0 one of the warm-up, 1 without a meta step, 2 with one."""
+        now = time.perf_counter()
+        epoch = int(step // self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._close_times()
+            self._epoch = epoch
+        if self._clock is not None:
+            times = self._times.setdefault(_KINDS[kind], Reservoir(2000, 1))
+            times.add(np.array([[now - self._clock]]))
+        self._clock = now
+        self.last_step = step
+        self._steps += 1
+        if kind and self.first_step is None:
+            self.first_step = step
+        # An epoch's batches are counted under its number.
+        if self._steps >= _STEPS_WAITING or int((step + 1) // self.steps_per_epoch) != epoch:
+            self.drain()
+
+    def drain(self) -> None:
+        """Take in what waits on the device."""
+        waiting, self._waiting = self._waiting, []
+        losses, self._losses, self._steps = self._losses, [], 0
+        if losses:
+            values, fine = (
+                torch.stack([t.detach().to(torch.float32) for t in part]).cpu() for part in zip(*losses, strict=True)
+            )
+            for value in values[fine > 0].tolist():
+                self.meta_loss.add(value)
+        if not waiting:
+            return
+        labels, predicted, epsilon, loss, f, *ids = (
+            torch.cat(part).cpu().numpy() for part in zip(*waiting, strict=True)
+        )
+        good = np.isfinite(epsilon) & np.isfinite(loss) & np.isfinite(f).all(axis=1)
+        labels, predicted, epsilon, loss, f, *ids = (part[good] for part in (labels, predicted, epsilon, loss, f, *ids))
+        _add_counts(self.by_class, self._epoch, labels, epsilon, self.num_classes)
+        number = ids[0].astype(np.int64) if ids else np.full(len(labels), -1)
+        if ids:
+            self._keep(number, labels, predicted, epsilon, loss)
+            if self.true_labels is not None:
+                wrong = (self.true_labels[number] != labels).astype(np.int64)
+                _add_counts(self.by_truth, self._epoch, wrong, epsilon, 2)
+        if self._epoch not in self.reservoirs:
+            for old in [e for e in self.reservoirs if e <= self._epoch - self.epochs]:
+                del self.reservoirs[old]
+            self.reservoirs[self._epoch] = Reservoir(self._part, self._columns, seed=self._epoch)
+        self.reservoirs[self._epoch].add(np.column_stack([number, labels, epsilon, loss, f]))
+
+    def _keep(
+        self, ids: np.ndarray, labels: np.ndarray, predicted: np.ndarray, epsilon: np.ndarray, loss: np.ndarray
+    ) -> None:
+        if not len(ids):
+            return
+        _check_range(ids, self._limit)
+        highest = int(ids.max())
+        if highest >= self.label.size:
+            more = max(highest + 1, min(2 * self.label.size, self._limit)) - self.label.size
+            self.epsilon, self.loss = (
+                np.pad(t, ((0, 0), (0, more)), constant_values=np.nan) for t in (self.epsilon, self.loss)
+            )
+            self.label, self.predicted = (
+                np.pad(t, (0, more), constant_values=-1) for t in (self.label, self.predicted)
+            )
+        row = self._epoch % self.epochs
+        if self._held.get(row) != self._epoch:
+            self._held[row] = self._epoch
+            self.epsilon[row], self.loss[row] = np.nan, np.nan
+        self.epsilon[row, ids], self.loss[row, ids] = epsilon, loss
+        self.label[ids], self.predicted[ids] = labels, predicted
+
+    def _close_times(self) -> None:
+        times, self._times = self._times, {}
+        if times:
+            self.seconds[self._epoch] = {k: np.quantile(r.rows, [0.25, 0.5, 0.75]).tolist() for k, r in times.items()}
+
+    # -------------------------------------------------------------------------------------------------- for the report
+
+    def merged(self) -> Recorder:
+        """What all processes have seen, in each of them; has to be called in all."""
+        self.drain()
+        if self._times:
+            times = self._times
+            self._close_times()
+            self._times = times
+        if world_size() == 1:
+            return self
+        own = {k: v for k, v in vars(self).items() if not k.startswith("_") or k == "_held"}
+        parts: list[dict[str, Any]] = [{} for _ in range(world_size())]
+        dist.all_gather_object(parts, own)
+        whole = Recorder(self.num_classes, self._columns - 4, self.steps_per_epoch, epochs=self.epochs,
+                         capacity=self._part * self.epochs, max_id=self.max_id, true_labels=self.true_labels)  # fmt: skip
+        vars(whole).update(parts[0])
+        for part in parts[1:]:
+            whole._join(part)
+        return whole
+
+    def _join(self, part: dict[str, Any]) -> None:
+        for own, other in ((self.by_class, part["by_class"]), (self.by_truth, part["by_truth"])):
+            for epoch, counts in other.items():
+                own[epoch] = own[epoch] + counts if epoch in own else counts
+        for epoch, other in part["reservoirs"].items():
+            if epoch not in self.reservoirs:
+                self.reservoirs[epoch] = other
+                continue
+            # As many rows of each as it has seen a share of all.
+            mine = self.reservoirs[epoch]
+            seen = mine.seen + other.seen
+            rows = [_share(r, min(self._part, seen), seen) for r in (mine, other)]
+            mine._kept, mine.seen = np.concatenate(rows), seen
+        size = max(self.label.size, part["label"].size)
+        pad = size - self.label.size
+        self.epsilon, self.loss = (
+            np.pad(t, ((0, 0), (0, pad)), constant_values=np.nan) for t in (self.epsilon, self.loss)
+        )
+        self.label, self.predicted = (np.pad(t, (0, pad), constant_values=-1) for t in (self.label, self.predicted))
+        known = np.flatnonzero(part["label"] >= 0)
+        self.label[known], self.predicted[known] = part["label"][known], part["predicted"][known]
+        for row, epoch in part["_held"].items():
+            if epoch >= self._held.get(row, -1):
+                if epoch != self._held.get(row):
+                    self._held[row] = epoch
+                    self.epsilon[row], self.loss[row] = np.nan, np.nan
+                for own, other in ((self.epsilon, part["epsilon"]), (self.loss, part["loss"])):
+                    seen_there = np.flatnonzero(~np.isnan(other[row]))
+                    own[row, seen_there] = other[row, seen_there]
+
+    def rows(self) -> dict[str, np.ndarray]:
+        """A random part of the samples of the last epochs: id (-1 where not known), label, epsilon and loss ``[R]``, and the
+        characteristics ``[R, K]``."""
+        parts = [r.rows for _, r in sorted(self.reservoirs.items())]
+        kept = np.concatenate(parts) if parts else np.empty((0, self._columns))
+        return {
+            "id": kept[:, 0].astype(int),
+            "label": kept[:, 1].astype(int),
+            "epsilon": kept[:, 2],
+            "loss": kept[:, 3],
+            "f": kept[:, 4:],
+        }
+
+    def samples(self) -> dict[str, np.ndarray]:
+        """Every sample with an id that was seen in the last epochs: id, label, predicted, epochs (how many of the last ones),
+        mean epsilon and mean loss over them, ``[S]`` each."""
+        seen = ~np.isnan(self.epsilon)
+        ids = np.flatnonzero(seen.any(axis=0))
+        count = seen[:, ids].sum(axis=0)
+        mean = (np.nansum(t[:, ids], axis=0, dtype=np.float64) / count for t in (self.epsilon, self.loss))
+        found = dict(zip(("epsilon", "loss"), mean, strict=True))
+        found |= {
+            "id": ids,
+            "label": self.label[ids].astype(int),
+            "predicted": self.predicted[ids].astype(int),
+            "epochs": count,
+        }
+        if self.true_labels is not None:
+            found["true_label"] = self.true_labels[ids]
+        return found
+
+
+def _add_counts(into: dict[int, np.ndarray], epoch: int, group: np.ndarray, epsilon: np.ndarray, groups: int) -> None:
+    weights: Iterator[np.ndarray | None] = iter((None, epsilon > 0, epsilon))
+    counts = np.stack([np.bincount(group, weights=w, minlength=groups) for w in weights], axis=1)
+    into[epoch] = into[epoch] + counts if epoch in into else counts
+
+
+def _check_range(ids: np.ndarray, limit: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= limit)]
+    if wrong.size:
+        raise ValueError(
+            f"sample id {wrong[0]} is not in 0..{limit - 1}: ids are row numbers of the training set, below the number of"
+            " true_labels where these are given, and below max_id."
+        )
+
+
+def _share(reservoir: Reservoir, wanted: int, of: int) -> np.ndarray:
+    rows = np.random.default_rng(0).permutation(reservoir.rows)
+    return rows[: round(wanted * reservoir.seen / of)]
