@@ -5,7 +5,8 @@
 
 Both methods start from the same weights and have the same budget. A small meta set, balanced over the 16 overlapping
 identity x label groups, is split off the validation data; the rest selects the epoch by worst-group accuracy; the test
-split is used once, at the end. Writes results.json, group_accuracy.png and the models to --output.
+split is used once, at the end. Writes results.json, group_accuracy.png, the models and a report of what Meta-IADA did
+(report/report.html) to --output.
 """
 
 from __future__ import annotations
@@ -17,10 +18,6 @@ import platform
 from collections import Counter
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import transformers
@@ -44,8 +41,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import iada_plugin
-from iada_plugin import IADAConfig, MetaIADACallback, balanced_meta_split, last_complete_checkpoint
+from iada_plugin import IADAConfig, MetaIADACallback, Report, balanced_meta_split, last_complete_checkpoint
 from iada_plugin.data.civilcomments import GROUPS, Comments, read_civilcomments, synthetic_civilcomments
+from iada_plugin.figures import accuracies
 from iada_plugin.metrics import group_accuracies, worst_group_accuracy, worst_group_interval
 from iada_plugin.recipes.cli import parse_config
 
@@ -134,8 +132,8 @@ def load_model(args: argparse.Namespace, tokenizer):
     return DistilBertForSequenceClassification(config)
 
 
-def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encoded) -> np.ndarray:
-    """Train one method and return its test predictions, ``[N]``."""
+def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encoded):
+    """Train one method and return its test predictions, ``[N]``, and Meta-IADA's report."""
     folder = Path(args.output) / method
     val = splits["val"]
 
@@ -156,7 +154,10 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     callbacks = []
     if method == "iada":
         config = IADAConfig(**{"warmup_epochs": args.warmup_epochs, "seed": args.seed, **parse_config(args.config)})
-        callbacks = [MetaIADACallback(meta_dataset=encoded["meta"], config=config)]
+        callbacks = [MetaIADACallback(
+            meta_dataset=encoded["meta"], config=config, report_dir=Path(args.output) / "report",
+            report_options={"class_names": ["not toxic", "toxic"], "samples": splits["train"].texts},
+        )]  # fmt: skip
     trainer = Trainer(
         model=load_model(args, tokenizer), args=arguments, train_dataset=encoded["train"], eval_dataset=encoded["val"],
         data_collator=DataCollatorWithPadding(tokenizer), compute_metrics=metrics, callbacks=callbacks,
@@ -172,10 +173,11 @@ def train(method: str, args: argparse.Namespace, splits, meta, tokenizer, encode
     trainer.compute_metrics = None  # the test split is scored in report()
     trainer.save_model(str(folder / "model"))
     tokenizer.save_pretrained(str(folder / "model"))
-    return trainer.predict(encoded["test"]).predictions.argmax(axis=1)
+    predicted = trainer.predict(encoded["test"]).predictions.argmax(axis=1)
+    return predicted, callbacks[0].report if callbacks else None
 
 
-def report(args: argparse.Namespace, splits, meta, predictions: dict[str, np.ndarray]) -> None:
+def report(args: argparse.Namespace, splits, meta, predictions: dict[str, np.ndarray], pages: Report | None) -> None:
     test = splits["test"]
     sizes = test.groups.sum(axis=0)
     results = {
@@ -216,27 +218,14 @@ def report(args: argparse.Namespace, splits, meta, predictions: dict[str, np.nda
 
     folder = Path(args.output)
     (folder / "results.json").write_text(json.dumps(results, indent=2))
-    plot(found, folder / "group_accuracy.png", "synthetic sample" if args.data is None else Path(args.data).stem)
+    values = {NAMES[m]: np.array([g["accuracy"] or np.nan for g in r["groups"].values()]) for m, r in found.items()}
+    accuracies(values, GROUPS, sizes).savefig(folder / "group_accuracy.png")
     print(f"\nWrote {folder / 'results.json'}, {folder / 'group_accuracy.png'} and the models under {folder}/*/model.")
-
-
-def plot(found: dict, path: Path, title: str) -> None:
-    first = next(iter(found.values()))["groups"]
-    places = np.arange(len(GROUPS))
-    width = 0.8 / len(found)
-    fig, ax = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    for k, (method, result) in enumerate(found.items()):
-        heights = [100 * (g["accuracy"] or 0) for g in result["groups"].values()]
-        bars = ax.bar(places + k * width, heights, width, label=NAMES[method], color=["#8c8c8c", "#1f77b4"][k])
-        ax.axhline(100 * result["worst_group"], color=bars[0].get_facecolor(), linestyle=":", linewidth=1)
-    ax.set_xticks(
-        places + 0.4 - width / 2, [f"{g}\n(n={first[g]['size']})" for g in GROUPS], rotation=55, ha="right", fontsize=8
-    )
-    ax.set_ylabel("test accuracy in %")
-    ax.set_title(f"Accuracy by group, {title} (dotted: worst group that counts)", loc="left")
-    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, frameon=False)
-    fig.savefig(path, dpi=130)
-    plt.close(fig)
+    if pages is not None and not pages.empty:
+        pages.evaluations.clear()  # those of the validation split during training
+        for method, predicted in predictions.items():
+            pages.add_evaluation(f"{NAMES[method]}, test", predicted, test.labels, test.groups, GROUPS)
+        print(f"What Meta-IADA did, and which labels look wrong: {pages.write(folder / 'report')}")
 
 
 def main() -> None:
@@ -259,8 +248,10 @@ def main() -> None:
 
     encoded = {name: encode(rows) for name, rows in {**splits, "meta": meta}.items()}
     methods = ["ce", "iada"] if args.method == "both" else [args.method]
-    predictions = {method: train(method, args, splits, meta, tokenizer, encoded) for method in methods}
-    report(args, splits, meta, predictions)
+    predictions, pages = {}, None
+    for method in methods:
+        predictions[method], pages = train(method, args, splits, meta, tokenizer, encoded)
+    report(args, splits, meta, predictions, pages)
 
 
 if __name__ == "__main__":

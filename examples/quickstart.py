@@ -84,14 +84,18 @@ def main() -> None:
     args = parser.parse_args()
     data = make_data(args.seed)
     wrong = (data["y"] != data["true"]).numpy()
-    print(f"{len(data['y'])} training images, {wrong.sum()} of them with a wrong label; {len(data['meta_y'])} clean meta images.")
+    print(
+        f"{len(data['y'])} training images, {wrong.sum()} of them with a wrong label; {len(data['meta_y'])} clean meta images."
+    )
 
     found = {}
     for name in ("cross-entropy", "Meta-IADA"):
         model, report = train(data, args.epochs, args.seed, use_iada=name == "Meta-IADA")
         with torch.no_grad():
             found[name] = model(data["test_x"]).argmax(1)
-        print(f"{name}: {100 * (found[name] == data['test_y']).double().mean():.1f} % of {len(data['test_y'])} test images right")
+        print(
+            f"{name}: {100 * (found[name] == data['test_y']).double().mean():.1f} % of {len(data['test_y'])} test images right"
+        )
     for name, predictions in found.items():
         report.add_evaluation(name, predictions, data["test_y"])
 

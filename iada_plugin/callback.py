@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,14 @@ from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_f
 from .checks import CUDA_GRAPH_MODES, REENTRANT
 from .config import IADAConfig
 from .data.meta import labels_of
+from .distributed import world_size
 from .engine import MetaIADA
+from .sample_ids import SAMPLE_IDS, number_samples
+
+if TYPE_CHECKING:
+    from .report import Report
+
+logger = logging.getLogger(__name__)
 
 
 class MetaIADACallback(TrainerCallback):
@@ -42,6 +52,13 @@ class MetaIADACallback(TrainerCallback):
         characteristics: functions ``BatchState -> [N]``.
         resume_from: the checkpoint folder that holds the state when a run is resumed from outside ``output_dir``, or
             "fresh" to resume a run that has none. Default: ``output_dir/checkpoint-{step}``.
+        report_dir: folder for a :class:`iada_plugin.Report`, written when training ends. Samples are told by their row number in
+            the training set; evaluations during training are part of it (in one process).
+        report_options: arguments of the `Report`, such as ``true_labels``, ``samples`` and ``epochs``.
+
+    Attributes:
+        engine: the :class:`iada_plugin.MetaIADA`, while training.
+        report: the `Report` of the last ``train()``, or ``None``.
     """
 
     def __init__(
@@ -53,6 +70,8 @@ class MetaIADACallback(TrainerCallback):
         classifier: str | None = None,
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
         resume_from: str | Path | None = None,
+        report_dir: str | Path | None = None,
+        report_options: Mapping[str, Any] | None = None,
     ) -> None:
         map_style = hasattr(meta_dataset, "__len__") and hasattr(meta_dataset, "__getitem__")
         if not map_style or isinstance(meta_dataset, (Mapping, str)):
@@ -68,8 +87,18 @@ class MetaIADACallback(TrainerCallback):
         self.classifier = classifier
         self.characteristics = characteristics
         self.resume_from = resume_from
+        self.report_dir, self.report_options = report_dir, dict(report_options or {})
+        if report_dir is not None:
+            from .report import Report  # needs Matplotlib, which is better missed now than after training
+
+            known = [n for n in inspect.signature(Report).parameters if n != "iada"]
+            if unknown := sorted(set(self.report_options) - set(known)):
+                raise TypeError(f"report_options {', '.join(unknown)}: a Report has the options {', '.join(known)}.")
         self.engine: MetaIADA | None = None
-        self._model_hook: Any = None
+        self.report: Report | None = None
+        self._evaluation: list[tuple[Tensor, Tensor]] = []
+        self._undo: list[Callable[[], None]] = []
+        self._ids: Tensor | None = None
         self._staged: int | None = None
 
     # ---------------------------------------------------------------------------------------------------- front doors
@@ -142,7 +171,10 @@ class MetaIADACallback(TrainerCallback):
         )
         if args.torch_compile:
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
-        self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
+        hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
+        self._undo = [hook.remove]
+        if self.report_dir is not None:
+            self._start_report(model, loader)
         if state.global_step > 0:
             try:
                 self._resume(args, state)
@@ -155,6 +187,29 @@ class MetaIADACallback(TrainerCallback):
                 os.replace(state_file(folder), folder / STATE_FILE)
             for stale in _folder(args).glob(".iada_state-*"):
                 stale.unlink(missing_ok=True)
+
+    def _start_report(self, model: nn.Module, loader: Any) -> None:
+        from .report import Report
+
+        assert self.engine is not None
+        names = getattr(getattr(model, "config", None), "id2label", None) or {}
+        options = {"class_names": [names[k] for k in sorted(names)] or None, **self.report_options}
+        self.report = Report(self.engine, **options)
+        if undo := number_samples(loader):
+            self._undo.append(undo)
+        else:
+            logger.info("the training set has no row numbers (it is streamed?): the report will name no suspects.")
+        # Before all other hooks on the model, whose forward pass does not know this argument.
+        hook = self.engine.model.register_forward_pre_hook(Hook(self._take_ids), with_kwargs=True, prepend=True)
+        self._undo.append(hook.remove)
+
+    def _take_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Forward pre-hook on the model: row numbers go to the report."""
+        if SAMPLE_IDS not in kwargs:
+            return None
+        if module.training and torch.is_grad_enabled() and self.engine is not None and not self.engine.capture.busy:
+            self._ids = kwargs[SAMPLE_IDS]
+        return args, {k: v for k, v in kwargs.items() if k != SAMPLE_IDS}
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
@@ -184,7 +239,8 @@ class MetaIADACallback(TrainerCallback):
     def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
         """Meta samples get the column filter and the collator of the training samples."""
         dataset = self.meta_dataset
-        wanted = getattr(getattr(train_loader, "dataset", None), "column_names", None)
+        wanted = getattr(getattr(train_loader, "dataset", None), "column_names", None) or []
+        wanted = [c for c in wanted if c != SAMPLE_IDS]
         own = getattr(dataset, "column_names", None)
         if wanted and own:
             missing = [c for c in wanted if c not in own]
@@ -208,9 +264,14 @@ class MetaIADACallback(TrainerCallback):
     def _replace_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """Forward hook on the model: the training loss in its outputs becomes the engine's."""
         engine = self.engine
-        if engine is None or engine.capture.busy or not (module.training and torch.is_grad_enabled()):
+        if engine is None or engine.capture.busy:
             return None
         labels = kwargs.get("labels")
+        if not (module.training and torch.is_grad_enabled()):
+            if self.report is not None and not module.training and labels is not None and world_size() == 1:
+                logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
+                self._evaluation.append((logits.detach().argmax(dim=-1), labels.detach()))
+            return None
         if labels is None:
             raise ValueError(_LOSS_OUTSIDE)
         kind = getattr(getattr(module, "config", None), "problem_type", None)
@@ -221,7 +282,9 @@ class MetaIADACallback(TrainerCallback):
             )
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
-        loss = engine(outputs["logits"] if is_mapping else outputs[1], labels, kwargs.get("num_items_in_batch"))
+        logits = outputs["logits"] if is_mapping else outputs[1]
+        ids, self._ids = self._ids, None
+        loss = engine(logits, labels, kwargs.get("num_items_in_batch"), ids)
         if is_mapping:
             outputs["loss"] = loss
             return outputs
@@ -283,19 +346,52 @@ class MetaIADACallback(TrainerCallback):
         if state.log_history:
             state.log_history[-1].update(metrics)
 
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the predictions of the last evaluation in the warm-up and of the last one of all for the report."""
+        parts, self._evaluation = self._evaluation, []
+        if self.engine is None or self.report is None or not parts:
+            return
+        prefix = next((k.removesuffix("_loss") for k in metrics or {} if k.endswith("_loss")), "eval")
+        which = "warm-up" if self.engine.epsilon is None else "Meta-IADA"
+        name = which if prefix == "eval" else f"{which}, {prefix.removeprefix('eval_')}"
+        predictions, labels = (torch.cat([t.flatten() for t in column]) for column in zip(*parts, strict=True))
+        if labels.is_floating_point() or predictions.shape != labels.shape:
+            return
+        self.report.add_evaluation(name, predictions, labels)
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Predictions in between are no evaluation."""
+        self._evaluation = []
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the model back as it was."""
+        """Give the model back as it was, and write the report."""
         self.uninstall()
         if args.should_save:
             staged_file(_folder(args), state.global_step).unlink(missing_ok=True)
+        if self.report is None or self.report_dir is None:
+            return
+        if self.report.empty:
+            warnings.warn(f"no report in {self.report_dir}: no step was trained after the warm-up.")
+        else:
+            path = self.report.write(self.report_dir)
+            logger.info("wrote the report %s", path)
 
     def uninstall(self) -> None:
         """Remove every hook and restore the classifier, after an interrupted ``train()`` for instance."""
-        if self._model_hook is not None:
-            self._model_hook.remove()
-            self._model_hook = None
+        for undo in self._undo:
+            undo()
+        self._undo, self._evaluation, self._ids = [], [], None
         if self.engine is not None:
             self.engine.close()
             self.engine = None

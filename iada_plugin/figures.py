@@ -353,3 +353,25 @@ def as_image(picture: Any) -> np.ndarray:
         )
     low, high = values.min(), values.max()
     return (values - low) / (high - low if high > low else 1)
+
+
+def image_rows(columns: Mapping[str, Sequence[Any]], row_titles: Sequence[str] | None = None) -> Figure:
+    """One row a sample, one titled column for each kind of image.
+
+    Args:
+        columns: title to images, as in :func:`images`.
+        row_titles: one a sample.
+    """
+    rows = len(next(iter(columns.values())))
+    figure, axes = _figure(1.25 * len(columns) + (0.6 if row_titles else 0), 1.15 * rows + 0.5, rows, len(columns))
+    for j, (title, pictures) in enumerate(columns.items()):
+        axes[0, j].set_title(title, fontsize=8)
+        for i, picture in enumerate(pictures):
+            ax = axes[i, j]
+            ax.imshow(as_image(picture), cmap="gray", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+            if j == 0 and row_titles:
+                ax.set_ylabel(row_titles[i], fontsize=7, rotation=0, ha="right", va="center")
+    return figure

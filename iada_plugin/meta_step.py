@@ -17,6 +17,7 @@ from .capture import Forward
 from .checks import is_out_of_memory
 from .covariance import Covariance, LowRank, plain_step, put, relative_step, take
 from .distributed import gather_rows, world_size
+from .functional import direction_and_scale
 from .head import IADAHead
 from .passes import Passes
 from .perturbation import EpsilonLog, PerturbationNetwork
@@ -81,6 +82,15 @@ class MetaStep:
     ) -> Tensor:
         """IADA loss of a batch: its mean, or its sum over ``denominator``."""
         return mean_loss(self.logits(features, labels, epsilon), labels, denominator)
+
+    @torch.no_grad()
+    def displacement(self, logits: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
+        """delta ``[N, H]``, by which the loss moves features with plain logits ``[N, C]`` at ``epsilon`` ``[N]``."""
+        dtype = self.head.covariance.dtype
+        direction, scale = direction_and_scale(
+            logits.detach().to(dtype), whole(self.head.weight.detach()).to(dtype), labels, self._in_margin
+        )
+        return (epsilon * self._delta_size(labels) * scale)[:, None] * direction
 
     @property
     def _in_margin(self) -> bool:

@@ -61,8 +61,8 @@ class Evaluation:
 class Report:
     """Collects what a :class:`MetaIADA` does from now on, and writes it as one HTML page with PNGs and a CSV.
 
-    In several processes :meth:`suspects` and :meth:`write` have to be called in all of them, or after ``iada.close()``, which
-    gathers everything; the first process writes.
+    In several processes :meth:`suspects` and :meth:`write` gather what each of them has seen, and have to be called in all; the
+    first one writes.
 
     Args:
         iada: the criterion. Pass it ``ids=`` with each batch, or there are histograms but no list of suspects.
@@ -119,6 +119,7 @@ class Report:
         )  # fmt: skip
         self._iada = iada
         self._kept: _Kept | None = None
+        self._last: Recorder | None = None  # of all processes, once there is nothing more to come
         iada.recorder = self._recorder
         iada.before_close.append(self._keep)
 
@@ -172,13 +173,18 @@ class Report:
         Raises:
             RuntimeError: nothing was trained after the warm-up, or the batches had no ids.
         """
-        table = self._table()
+        table = self._table(self._merged())
         rows = [table[field].tolist() for field in Suspect._fields]
         return [Suspect(*row) for row in zip(*rows, strict=True)][:n]
 
-    def _table(self) -> dict[str, np.ndarray]:
+    @property
+    def empty(self) -> bool:
+        """Whether this process has seen no batch after the warm-up."""
+        self._recorder.drain()
+        return not self._recorder.by_class
+
+    def _table(self, recorder: Recorder) -> dict[str, np.ndarray]:
         """Samples with ids, the most suspect first."""
-        recorder = self._now().recorder
         if not recorder.by_class:
             raise RuntimeError(
                 "nothing is recorded: no batch was trained after the warm-up since this Report was made. Make it before training,"
@@ -193,13 +199,17 @@ class Report:
         order = np.lexsort((-table["loss"], table["epsilon"]))
         return {k: v[order] for k, v in table.items()}
 
-    def _now(self) -> _Kept:
-        return self._kept or _Kept.of(self._iada, self._recorder)
+    def _merged(self) -> Recorder:
+        if self._kept is None:
+            return self._recorder.merged()
+        if self._last is None:
+            self._last = self._recorder.merged()
+        return self._last
 
     def _keep(self) -> None:
-        """The engine is closed: keep what its classifier will forget."""
-        if self._kept is None:
-            self._kept = _Kept.of(self._iada, self._recorder)
+        """The engine is being closed: keep what its classifier will forget."""
+        self._recorder.drain()
+        self._kept = _Kept.of(self._iada)
 
     # --------------------------------------------------------------------------------------------------------- writing
 
@@ -212,14 +222,14 @@ class Report:
         Raises:
             RuntimeError: nothing was trained after the warm-up.
         """
-        now, folder = self._now(), Path(folder)
-        recorder, limits = now.recorder, now.limits
+        now, folder = self._kept or _Kept.of(self._iada), Path(folder)
+        recorder, limits = self._merged(), now.limits
         if not recorder.by_class:
-            self._table()  # says so
+            self._table(recorder)  # says so
         page = _Page(folder, rank() == 0)
         names, counts = self.class_names, now.counts
         rows = recorder.rows()
-        table = self._table() if recorder.with_ids else None
+        table = self._table(recorder) if recorder.with_ids else None
         epsilon, labels = (table["epsilon"], table["label"]) if table is not None else (rows["epsilon"], rows["label"])
         first, last = min(recorder.by_class) + 1, max(recorder.by_class) + 1
         page.facts(
@@ -312,7 +322,6 @@ class Report:
 class _Kept(NamedTuple):
     """What a report needs of an engine, which forgets it when it is closed."""
 
-    recorder: Recorder
     network: PerturbationNetwork
     characteristics: list[str]
     limits: tuple[float, float]
@@ -321,8 +330,7 @@ class _Kept(NamedTuple):
     facts: dict[str, str]
 
     @classmethod
-    def of(cls, iada: MetaIADA, recorder: Recorder) -> _Kept:
-        recorder = recorder.merged()
+    def of(cls, iada: MetaIADA) -> _Kept:
         head, config = iada.head, iada.config
         seen = head.class_count.cpu().numpy()
         present = np.argsort(-seen, kind="stable")[: int((seen > 0).sum())]
@@ -338,7 +346,7 @@ class _Kept(NamedTuple):
             "Meta steps left out": str(iada.meta.skipped),
         }
         return cls(
-            recorder, copy.deepcopy(iada.meta.perturbation).cpu(), names, config.epsilon_range, seen,
+            copy.deepcopy(iada.meta.perturbation).cpu(), names, config.epsilon_range, seen,
             {int(c): _eigenvalues(head.class_covariance, int(c)) for c in picked}, facts,
         )  # fmt: skip
 
@@ -461,7 +469,7 @@ class _Page:
         title = "Meta-IADA report"
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{''.join(self.links)}</nav>"
+            f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{' '.join(self.links)}</nav>"
             f"{''.join(self.parts)}<footer>Written by iada_plugin {__version__}.</footer></body></html>\n"
         )
         path = self.folder / "report.html"

@@ -99,13 +99,19 @@ class Statistics:
             if not self.prior_known:
                 self._pending.append([labels])
             return labels.new_empty(0)
+        state = self.state_of(forward.features, forward.logits, labels)  # type: ignore[arg-type]
+        f = compute_characteristics(state, self.characteristics)
+        self._pending.append([labels, state.features, f, state.loss, state.margin])
+        return f
+
+    def state_of(self, features: Tensor, logits: Tensor, labels: Tensor) -> BatchState:
+        """What the characteristics of a batch may look at; ``[N, H]``, ``[N, C]`` and ``[N]``."""
         head = self.head
         dtype = head.covariance.dtype
-        features = forward.features.detach().to(dtype)  # type: ignore[union-attr]
         counts = head.log_prior.exp() if self.prior_known else self.label_count
-        state = BatchState(
-            features=features,
-            logits=forward.logits.detach().to(dtype),  # type: ignore[union-attr]
+        return BatchState(
+            features=features.detach().to(dtype),
+            logits=logits.detach().to(dtype),
             labels=labels,
             weight=whole(head.weight.detach()).to(dtype),
             class_mean=head.class_mean,
@@ -115,9 +121,6 @@ class Statistics:
             class_margin=self.means.class_margin,
             mean_loss=self.means.mean_loss,
         )
-        f = compute_characteristics(state, self.characteristics)
-        self._pending.append([labels, features, f, state.loss, state.margin])
-        return f
 
     def note(self, epsilon: Tensor) -> None:
         """The micro-batch observed last was trained with ``epsilon`` ``[N]``."""

@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from models import MLP, distilbert, tokens
 from torch.nn.parallel import DistributedDataParallel
 
-from iada_plugin import IADAConfig, MetaIADA
+from iada_plugin import IADAConfig, MetaIADA, Report
 from iada_plugin.distributed import gather_rows, global_mean, weighted_average_
 
 try:
@@ -68,20 +68,28 @@ def train(rank, world, name):
     config = IADAConfig(warmup_epochs=1, **settings)
     iada = MetaIADA(wrapped, optimizer, meta_loader=[part(meta, rank, world)], steps_per_epoch=WARMUP,
                     epochs=STEPS / WARMUP, config=config)  # fmt: skip
+    report = Report(iada)
     model.train()
     for step, batch in enumerate(batches):
         optimizer.zero_grad()
         # The last batch is one short, as an epoch's last one may be: processes have different numbers of samples.
-        args, kwargs, y = part(batch, rank, world, 15 if step == STEPS - 1 else None)
+        stop = 15 if step == STEPS - 1 else None
+        args, kwargs, y = part(batch, rank, world, stop)
+        ids = torch.arange(step % WARMUP, 16 * WARMUP, WARMUP)[
+            rank:stop:world
+        ]  # as if each epoch held the same samples
         output = wrapped(*args, **kwargs)
-        iada(output if kind != "bert" else output.logits, y).backward()
+        iada(output if kind != "bert" else output.logits, y, ids=ids).backward()
         optimizer.step()
     metrics = {k: torch.tensor(v) for k, v in iada.pop_metrics().items()}
     state = iada.state_dict()
     if "head.covariance_factor" in state:  # its columns have no sign
         state["head.covariance"] += state["head.covariance_factor"].square().sum(dim=2)
         state["head.covariance_factor"] = state["head.covariance_factor"].abs()
-    return {**state, **{f"model.{k}": v for k, v in model.state_dict().items()}, **metrics}
+    table = {f"samples.{k}": torch.from_numpy(v) for k, v in report._merged().samples().items()}
+    counts = {f"counts.{k}": torch.from_numpy(v) for k, v in report._merged().by_class.items()}
+    rows = {"rows": torch.tensor(len(report._merged().rows()["id"]))}
+    return {**state, **{f"model.{k}": v for k, v in model.state_dict().items()}, **metrics, **table, **counts, **rows}
 
 
 def start(rank, world, folder):
@@ -181,7 +189,7 @@ def test_processes_equal_one(tmp_path, world):
         print(f"{name}, {world} processes: parameters {parameters:.1e}, Omega {gap['perturbation.output.weight']:.1e}")
         assert parameters <= (1e-8 if exact else 1e-5), (name, parameters)
         for key, value in gap.items():
-            if exact or key.startswith(("head.", "iada/")):
+            if exact or key.startswith(("head.", "iada/", "samples.", "counts.", "rows")):
                 assert value <= (1e-7 if exact else 1e-3), (name, key, value)
 
 

@@ -1,0 +1,507 @@
+"""What a report collects and writes."""
+
+import csv
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from html.parser import HTMLParser
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from models import MLP
+from PIL import Image
+from sklearn.metrics import precision_recall_curve, roc_auc_score
+from test_callback import arguments, dataset, distilbert, trainer
+from transformers import Trainer, TrainerCallback
+
+from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback, Report, figures, metrics
+from iada_plugin.covariance import LowRank
+from iada_plugin.perturbation import PerturbationNetwork
+from iada_plugin.recorder import Curve, Recorder, Reservoir
+from iada_plugin.report import _eigenvalues, explain
+
+N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
+
+
+def problem(wrong=0.2, seed=0):
+    """Three separable classes, some labels wrong: x, y, truth."""
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.arange(N) % C
+    x = torch.randn(N, 6, generator=generator) + 3 * torch.eye(6)[truth]
+    flipped = torch.rand(N, generator=generator) < wrong
+    return x, torch.where(flipped, (truth + 1) % C, truth), truth
+
+
+def start(characteristics=None, **options):
+    x, _, truth = problem()
+    torch.manual_seed(0)
+    model = MLP()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    more = {} if characteristics is None else {"characteristics": characteristics}
+    iada = MetaIADA(model, optimizer, meta_loader=[(x[:30] + 0.1, truth[:30])], steps_per_epoch=PER_EPOCH, epochs=8,
+                    config=IADAConfig(warmup_epochs=2, meta_lr=1e-2), **more)  # fmt: skip
+    return iada, model, optimizer, Report(iada, **options)
+
+
+def train(iada, model, optimizer, epochs=8, with_ids=True, seen=None, stop=None, seed=0):
+    x, y, _ = problem()
+    generator = torch.Generator().manual_seed(seed)
+    for epoch in range(epochs):
+        for k, rows in enumerate(torch.randperm(N, generator=generator).split(BATCH)):
+            if stop == (epoch, k):
+                return
+            loss = iada(model(x[rows]), y[rows], ids=rows if with_ids else None)
+            if seen is not None and iada.epsilon is not None:
+                for i, e in zip(rows.tolist(), iada.epsilon.tolist(), strict=True):
+                    seen.setdefault(epoch, {})[i] = e
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """A run of eight epochs, two of them warm-up, whose epsilon was written down in a plain way too."""
+    torch.manual_seed(0)
+    _, _, truth = problem()
+    iada, model, optimizer, _ = start()
+    report = Report(
+        iada, true_labels=truth, samples=problem()[0].view(N, 2, 3), epochs=3, class_names=["ant", "<bee>", "cat"]
+    )
+    seen = {}
+    train(iada, model, optimizer, seen=seen)
+    before = report.suspects()
+    iada.close()
+    return report, seen, before
+
+
+# ---------------------------------------------------------------------------------------------------------- collecting
+
+
+def test_suspects_are_the_lowest_means_of_the_last_epochs(finished):
+    report, seen, before = finished
+    _, y, _ = problem()
+    assert sorted(seen) == [2, 3, 4, 5, 6, 7]
+    expected = {i: np.mean([seen[e][i] for e in (5, 6, 7)]) for i in range(N)}
+    suspects = report.suspects()
+    assert suspects == before and report.suspects(4) == suspects[:4]
+    assert sorted(s.id for s in suspects) == list(range(N))
+    for s in suspects:
+        assert s.epsilon == pytest.approx(expected[s.id], abs=1e-6) and s.epochs == 3 and s.label == y[s.id]
+        assert 0 <= s.predicted < C and s.loss > 0
+    assert [s.epsilon for s in suspects] == sorted(s.epsilon for s in suspects)
+    assert suspects[0].epsilon < suspects[-1].epsilon
+
+
+def test_counts_of_adversarial_samples(finished):
+    report, seen, _ = finished
+    _, y, truth = problem()
+    counts = report._merged().by_class
+    assert sorted(counts) == sorted(seen)
+    for epoch, values in seen.items():
+        for c in range(C):
+            own = [e for i, e in values.items() if y[i] == c]
+            assert counts[epoch][c] == pytest.approx([len(own), sum(e > 0 for e in own), sum(own)], abs=1e-5)
+        wrong = [e for i, e in values.items() if y[i] != truth[i]]
+        assert report._merged().by_truth[epoch][1] == pytest.approx(
+            [len(wrong), sum(e > 0 for e in wrong), sum(wrong)], abs=1e-5
+        )
+
+
+def test_without_ids_a_part_is_kept_and_nobody_is_suspect(tmp_path):
+    iada, model, optimizer, report = start(capacity=40)
+    train(iada, model, optimizer, with_ids=False)
+    assert len(report._merged().rows()["epsilon"]) == 40 and report._merged().label.size == 0
+    with pytest.raises(RuntimeError, match=r"ids=ids"):
+        report.suspects()
+    iada.close()
+    report.write(tmp_path)
+    rows = list(csv.DictReader((tmp_path / "samples.csv").open()))
+    assert len(rows) == 40 and {r["id"] for r in rows} == {"-1"}
+    assert "drawn at random" in (tmp_path / "report.html").read_text()
+
+
+def test_memory_is_bounded():
+    recorder = Recorder(C, 4, 10, epochs=2, capacity=20, max_id=1000)
+    for step in range(2000):
+        n = 7
+        f = torch.randn(n, 4)
+        ids = torch.randint(0, 1000, (n,))
+        recorder.add(torch.randint(0, C, (n,)), torch.randn(n, C), f, f[:, 0].abs(), f[:, 1].tanh(), ids)
+        recorder.add_meta_loss(torch.tensor(1.0), torch.tensor(True))
+        recorder.end_step(step, 2)
+        assert len(recorder._waiting) <= 64
+    arrays = (recorder.epsilon, recorder.loss, recorder.label, recorder.predicted)
+    assert sum(a.nbytes for a in arrays) <= 1000 * (8 * 2 + 8)
+    assert len(recorder.reservoirs) == 2 and len(recorder.rows()["f"]) == 20
+    assert len(recorder.meta_loss.points()[1]) <= 2000 and len(recorder.seconds) == 199
+
+
+def test_a_value_that_is_not_finite_is_not_kept():
+    recorder = Recorder(C, 1, 10)
+    nan = torch.tensor([float("nan"), 0.5])
+    recorder.add(torch.tensor([0, 1]), torch.zeros(2, C), torch.zeros(2, 1), torch.ones(2), nan, torch.tensor([0, 1]))
+    recorder.drain()
+    assert recorder.samples()["id"].tolist() == [1] and recorder.by_class[0][:, 0].tolist() == [0, 1, 0]
+
+
+def test_the_reservoir_is_uniform():
+    kept = np.zeros(50)
+    for seed in range(400):
+        reservoir = Reservoir(10, 1, seed)
+        for part in np.arange(50.0).reshape(10, 5, 1):
+            reservoir.add(part)
+        assert reservoir.seen == 50 and len(reservoir.rows) == 10
+        kept[reservoir.rows[:, 0].astype(int)] += 1
+    assert kept.sum() == 4000 and abs(kept / 400 - 0.2).max() < 0.08  # four standard deviations
+
+
+def test_a_curve_keeps_its_shape():
+    curve = Curve(capacity=8)
+    for value in range(100):
+        curve.add(float(value))
+    x, y = curve.points()
+    assert len(y) <= 8 and curve.width == 16 and np.allclose(x[:-1], y[:-1])  # the value is its own number
+
+
+def test_what_a_step_takes(finished):
+    report, _, _ = finished
+    seconds = report._merged().seconds
+    assert set(seconds[0]) == {"warm-up"} and set(seconds[5]) == {"meta step"} and sorted(seconds) == list(range(8))
+    assert all(0 < low <= median <= high for kinds in seconds.values() for low, median, high in kinds.values())
+    assert len(report._merged().meta_loss.points()[1]) == 6 * PER_EPOCH
+
+
+# ------------------------------------------------------------------------------------------------------------ analysis
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_auroc_and_precision_recall(ties):
+    rng = np.random.default_rng(0)
+    positive = rng.random(300) < 0.3
+    scores = rng.normal(size=300) + positive
+    scores = scores.round(0) if ties else scores
+    assert metrics.auroc(scores, positive) == pytest.approx(roc_auc_score(positive, scores))
+    precision, recall = metrics.precision_recall(scores, positive)
+    theirs, recalls, _ = precision_recall_curve(positive, scores)
+    assert np.allclose(precision[::-1], theirs[:-1]) and np.allclose(recall[::-1], recalls[:-1])
+    assert np.isnan(metrics.auroc(scores, np.ones(300)))
+
+
+def test_what_drives_epsilon():
+    torch.manual_seed(0)
+    network = PerturbationNetwork(4)
+    torch.nn.init.normal_(network.output.weight)
+    f = torch.randn(50, 4).double() * torch.tensor([1.0, 3.0, 0.5, 2.0]) + 1
+    for _ in range(20):
+        network.update_moments(f.float())
+    network.double()
+    signed, curves = explain(network, f.numpy(), strongest=2, points=5)
+    std = network.var.sqrt()
+    for k in range(4):
+        step = torch.zeros(4).double()
+        step[k] = 1e-5 * std[k]
+        slope = (network(f + step) - network(f - step)).detach() / 2e-5  # by one standard deviation
+        assert np.allclose(signed[:, k], slope * (f[:, k] - network.mean[k]) / std[k], atol=1e-3)
+    assert list(curves) == list(np.argsort(-abs(signed).mean(axis=0))[:2])
+    for k, (values, epsilon) in curves.items():
+        for value, mean in zip(values, epsilon, strict=True):
+            moved = f.clone()
+            moved[:, k] = float(value)
+            assert float(network(moved).mean()) == pytest.approx(float(mean), abs=1e-6)
+
+
+def test_spectra():
+    factor = torch.randn(2, 5, 2)
+    diagonal = torch.rand(2, 5)
+    full = torch.diag_embed(diagonal) + factor @ factor.mT
+    expected = np.linalg.eigvalsh(full[1].numpy())[::-1]
+    assert np.allclose(_eigenvalues(full, 1), expected, atol=1e-5)
+    assert np.allclose(_eigenvalues(LowRank(diagonal, factor), 1), expected, atol=1e-5)
+    assert np.allclose(_eigenvalues(diagonal, 1), np.sort(diagonal[1].numpy())[::-1])
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class Page(HTMLParser):
+    VOID = ("meta", "img")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.images, self.ids, self.links, self.text = [], [], [], [], []
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(attrs["src"])
+        if "id" in attrs:
+            self.ids.append(attrs["id"])
+        if tag == "a":
+            self.links.append(attrs["href"])
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+SECTIONS = ["adversarial_share", "epsilon", "clean_and_wrong", "finding", "suspects", "drivers", "spectra", "confusion",
+            "class_accuracy", "group_accuracy", "meta_loss", "step_time"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def written(finished, tmp_path_factory):
+    report, _, _ = finished
+    folder = tmp_path_factory.mktemp("report")
+    labels = np.arange(30) % C
+    report.add_evaluation("cross-entropy", np.roll(labels, 1), labels, groups=labels % 2, group_names=["even", "odd"])
+    report.add_evaluation("Meta-IADA", torch.from_numpy(labels), labels, groups=np.eye(2, dtype=bool)[labels % 2], group_names=["even", "odd"])  # fmt: skip
+    assert report.write(folder) == folder / "report.html"
+    return folder
+
+
+def test_the_page_is_whole_and_self_contained(written, finished):
+    text = (written / "report.html").read_text()
+    page = Page(text)
+    assert page.ids == ["facts", *SECTIONS] and page.links == [f"#{s}" for s in SECTIONS]
+    assert len(page.images) == len(SECTIONS)
+    for name, source in zip(SECTIONS, page.images, strict=True):
+        data = b64decode(source.removeprefix("data:image/png;base64,"))
+        assert data == (written / f"{name}.png").read_bytes()
+        assert min(Image.open(BytesIO(data)).size) > 150
+    assert "http" not in re.sub('base64,[^"]*', "", text) and "<script" not in text
+    assert "<bee>" not in text and "&lt;bee&gt;" in text  # names are text
+    assert "first without warm-up is number 13" in text and "warmup_epochs=2" in text
+
+
+def test_the_csv_holds_all_samples(written, finished):
+    rows = list(csv.DictReader((written / "samples.csv").open()))
+    suspects = finished[0].suspects()
+    assert [int(r["id"]) for r in rows] == [s.id for s in suspects]
+    assert [float(r["epsilon"]) for r in rows] == pytest.approx([s.epsilon for s in suspects], abs=1e-5)
+    assert {k: int(rows[0][k]) for k in ("label", "predicted", "epochs")} == {k: getattr(suspects[0], k) for k in ("label", "predicted", "epochs")}  # fmt: skip
+    assert int(rows[0]["true_label"]) == problem()[2][suspects[0].id]
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium")
+def test_a_browser_shows_every_picture(written, tmp_path):
+    check = "<script>addEventListener('load', () => { document.title = [...document.images].filter(i => i.naturalWidth > 150"
+    check += " && i.getBoundingClientRect().width > 150).length + ' pictures, ' + document.querySelectorAll('h2').length })</script>"
+    copy = tmp_path / "page.html"
+    copy.write_text((written / "report.html").read_text().replace("</body>", f"{check}</body>"))
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+               "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", copy.as_uri()]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert f"<title>{len(SECTIONS)} pictures, {len(SECTIONS)}</title>" in shown, shown[:300]
+
+
+@pytest.mark.parametrize("classes", [15, 70, 300])
+def test_pictures_of_many_classes(classes):
+    rng = np.random.default_rng(0)
+    names = [f"class number {c}" for c in range(classes)]
+    counts = {e: np.column_stack([np.full(classes, 5), rng.integers(0, 6, classes), np.zeros(classes)]) for e in (3, 4)}
+    made = [
+        figures.adversarial_share(counts, names, np.arange(classes)),
+        figures.epsilon_histograms(rng.uniform(-1, 1, 500), rng.integers(0, classes, 500), names, (-1, 1)),
+        figures.accuracies({"a": rng.random(classes), "b": rng.random(classes)}, names, np.full(classes, 9)),
+        figures.confusions({"a": rng.integers(0, 9, (classes, classes))}, names),
+    ]
+    for figure in made:
+        buffer = BytesIO()
+        figure.savefig(buffer)
+        assert max(Image.open(buffer).size) < 2600
+
+
+@pytest.mark.parametrize("options, match", [
+    ({"class_names": ["a", "b"]}, "2 names; the classifier has 3"),
+    ({"epochs": 0}, "epochs=0 must be a whole number"),
+    ({"capacity": 0.5}, "capacity=0.5 must be"),
+    ({"true_labels": [0.5] * N}, "true_labels must be whole numbers"),
+])  # fmt: skip
+def test_options_that_cannot_work(options, match):
+    with pytest.raises(ValueError, match=match):
+        start(**options)
+
+
+@pytest.mark.parametrize("ids, match", [
+    (torch.arange(9), r"ids are torch.int64 \[9\].*10 samples"),
+    (torch.rand(10), "ids are torch.float32"),
+    (list(range(10)), "ids are list"),
+    (torch.arange(10) - 1, r"sample id -1 is not in 0..59"),
+    (torch.arange(10) + 55, r"sample id 60 is not in 0..59"),
+    (None, "true_labels are known by sample id"),
+])  # fmt: skip
+def test_ids_that_are_no_row_numbers(ids, match):
+    iada, model, _, _ = start(true_labels=problem()[2])
+    x, y, _ = problem()
+    with pytest.raises(ValueError, match=match):
+        iada(model(x[:10]), y[:10], ids=ids)
+
+
+def test_ids_with_every_batch_or_with_none():
+    iada, model, _, _ = start()
+    x, y, _ = problem()
+    iada(model(x[:10]), y[:10], ids=torch.arange(10))
+    with pytest.raises(ValueError, match="some batches have sample ids"):
+        iada(model(x[:10]), y[:10])
+
+
+def test_evaluations_that_do_not_fit():
+    report = start()[3]
+    for arguments_, match in [
+        (([0, 1], [0]), "2 predictions for 1 labels"),
+        (([0, 3], [0, 1]), "predictions run from 0 to 3; there are 3"),
+        (([0.5], [0]), "predictions must be whole numbers"),
+        (([0], [0], [0, 1]), "groups of 2 rows for 1"),
+        (([0], [0], [0], ["a", "b"]), "2 group_names for 1 groups"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            report.add_evaluation("x", *arguments_)
+
+
+def test_nothing_to_report(tmp_path):
+    iada, model, optimizer, report = start()
+    train(iada, model, optimizer, epochs=2)
+    assert report.empty
+    for call in (report.suspects, lambda: report.write(tmp_path)):
+        with pytest.raises(RuntimeError, match="no batch was trained after the warm-up"):
+            call()
+
+
+def test_a_report_changes_nothing():
+    """Parameters, Omega and random state with a report are those without, bit for bit."""
+    found = []
+    for watched in (True, False):
+        iada, model, optimizer, _ = start()
+        if not watched:
+            iada.recorder = None
+        train(iada, model, optimizer)
+        state = {**model.state_dict(), **iada.state_dict()}
+        found.append({**state, "rng": torch.get_rng_state()})
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+# -------------------------------------------------------------------------------------------------------- the Trainer
+
+
+def watched(folder, **options):
+    config = IADAConfig(warmup_epochs=1, **options.pop("config", {}))
+    return MetaIADACallback(dataset(8, seed=7), config, report_dir=folder / "report", **options)
+
+
+def labels_of_rows(train):
+    return {i: row["labels"] for i, row in enumerate(train)}
+
+
+@pytest.mark.parametrize("options", [
+    {},
+    {"dataloader_num_workers": 2},
+    {"gradient_accumulation_steps": 2},
+    {"per_device_train_batch_size": 5, "dataloader_drop_last": True},
+])  # fmt: skip
+def test_the_trainer_tells_samples_by_row(tmp_path, options):
+    rows = dataset(32)
+    rows = rows.remove_columns("labels").add_column("labels", [(i * i) % 7 % 2 for i in range(32)])  # no pattern by row
+    ours = watched(tmp_path)
+    t = trainer(tmp_path, ours, train=rows, max_steps=16, evaluate=True, eval_strategy="steps", eval_steps=2, **options)
+    t.train()
+    suspects = ours.report.suspects()
+    expected = labels_of_rows(rows)
+    assert {s.id: s.label for s in suspects}.items() <= expected.items() and len(suspects) >= 30
+    assert sorted(ours.report.evaluations) == ["Meta-IADA", "warm-up"]
+    assert len(ours.report.evaluations["Meta-IADA"].labels) == 16
+    found = {p.name for p in (tmp_path / "report").iterdir()}
+    assert {"report.html", "samples.csv", "confusion.png", "class_accuracy.png"} <= found
+    # Nothing of it stays behind.
+    assert not t.model._forward_pre_hooks and not t.model._forward_hooks
+    loader = t.get_train_dataloader()
+    assert "sample_ids" not in next(iter(loader))
+
+
+def test_the_same_training_with_a_report(tmp_path):
+    found = []
+    for report in (True, False):
+        ours = watched(tmp_path) if report else MetaIADACallback(dataset(8, seed=7), IADAConfig(warmup_epochs=1))
+        t = trainer(tmp_path, ours)
+        t.train()
+        found.append(t.model.state_dict())
+    assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
+
+
+def test_own_ids_and_a_resumed_run(tmp_path):
+    """A "sample_ids" column that reaches the model is taken as it is; a resumed run goes on with the right rows."""
+    rows = dataset(32).add_column("sample_ids", [100 + i for i in range(32)])
+
+    def run(**options):
+        ours = watched(tmp_path, report_options={"max_id": 200})
+        return trainer(
+            tmp_path, ours, train=rows, save_strategy="steps", save_steps=5, remove_unused_columns=False, **options
+        ), ours
+
+    t, _ = run(max_steps=8)
+    t.train()
+    t, ours = run(max_steps=8)
+    t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    expected = {100 + i: label for i, label in labels_of_rows(dataset(32)).items()}
+    suspects = {s.id: s.label for s in ours.report.suspects()}
+    assert suspects.items() <= expected.items() and len(suspects) == 24  # three steps of eight
+
+
+def test_a_streamed_training_set_has_no_rows(tmp_path):
+    config = IADAConfig(warmup_ratio=0.5, statistics_epochs=0.25)
+    ours = MetaIADACallback(dataset(8, seed=7), config, report_dir=tmp_path / "report", class_counts=[16, 16])
+    streamed = IterableDataset.from_generator(_stream)
+    Trainer(model=distilbert(), args=arguments(tmp_path), train_dataset=streamed, callbacks=[ours]).train()
+    assert not ours.report._merged().with_ids and (tmp_path / "report" / "report.html").is_file()
+
+
+def _stream():
+    yield from [dict(row) for row in dataset(32)]
+
+
+class StopEarly(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == 2
+
+
+def test_no_step_after_the_warm_up_is_said(tmp_path):
+    t = trainer(tmp_path, watched(tmp_path))
+    t.add_callback(StopEarly())
+    with pytest.warns(UserWarning, match="no report in"):
+        t.train()
+    assert not (tmp_path / "report").exists()
+
+
+def test_report_options_are_checked_at_once(tmp_path):
+    with pytest.raises(TypeError, match=r"report_options colour: a Report has the options class_names, true_labels"):
+        watched(tmp_path, report_options={"colour": 1})
+
+
+def test_suspects_shown_as_text_and_as_rows(tmp_path):
+    iada, model, optimizer, _ = start()
+    texts = Dataset.from_dict({"id": list(range(N)), "text": [f"text <{i}> " + "x" * 300 for i in range(N)]})
+    report = Report(iada, samples=texts)
+    train(iada, model, optimizer, epochs=4)
+    first = report.suspects(1)[0].id
+    report.write(tmp_path)
+    text = (tmp_path / "report.html").read_text()
+    assert f"text &lt;{first}&gt; xxx" in text and "x" * 250 not in text and not (tmp_path / "suspects.png").exists()
+    report.samples = lambda i: np.zeros((4, 4, 3))
+    report.write(tmp_path)
+    assert (tmp_path / "suspects.png").is_file()
+    report.samples = lambda i: np.zeros(4)
+    with pytest.raises(ValueError, match=r"an image has the shape \[4\]"):
+        report.write(tmp_path)
