@@ -101,12 +101,14 @@ def main() -> None:
 
     suspects = report.suspects()
     print("\nThe ten most suspect labels:")
-    print(f"{'row':>5} {'label':>6} {'model says':>11} {'epsilon':>8}   truth")
+    print(f"{'row':>5} {'label':>6} {'model says':>11} {'epsilon':>8} {'suspicion':>10}   truth")
     for s in suspects[:10]:
-        print(f"{s.id:>5} {s.label:>6} {s.predicted:>11} {s.epsilon:>+8.2f}   {data['true'][s.id]}")
+        print(
+            f"{s.id:>5} {s.label:>6} {s.predicted:>11} {s.epsilon:>+8.2f} {s.suspicion:>10.3f}   {data['true'][s.id]}"
+        )
     ids = [s.id for s in suspects]
     share = 100 * wrong[ids[: wrong.sum()]].mean()
-    score = 100 * auroc([-s.epsilon for s in suspects], wrong[ids])
+    score = 100 * auroc([s.suspicion for s in suspects], wrong[ids])
     print(f"Of the {wrong.sum()} most suspect labels {share:.0f} % are wrong; AUROC {score:.1f} %.")
     page = report.write(args.output)
     print(f"\nPicture of the suspects: {args.output / 'suspects.png'}\nWhole report: {page} (open it in a browser)")

@@ -236,7 +236,7 @@ def confusions(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figu
         names: of the classes.
     """
     size = min(1.2 + 0.36 * len(names), 6.0)
-    figure, axes = _figure((size + 0.7) * len(matrices) + 0.8, size + 0.9, columns=len(matrices))
+    figure, axes = _figure((size + 0.9) * len(matrices) + 0.8, size + 1.5, columns=len(matrices))
     few = len(names) <= _MANY
     for ax, (title, matrix) in zip(axes.flat, matrices.items(), strict=True):
         shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)

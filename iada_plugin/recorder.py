@@ -77,8 +77,9 @@ class Reservoir:
 class Recorder:
     """Follows the training batches after the warm-up.
 
-    Of every sample with an id: epsilon and loss in each of the last ``epochs`` epochs, its label and its last prediction
-    (about ``8 epochs + 8`` bytes a sample). Of a random part of all samples: the characteristics too. Of every epoch: how
+    Of every sample with an id: epsilon, loss and whether the model contradicted the label in each of the last ``epochs`` epochs, its label
+    and the last prediction
+    (about ``9 epochs + 8`` bytes a sample). Of a random part of all samples: the characteristics too. Of every epoch: how
     many samples of each class were adversarial, and the time of a step. In several processes each follows its own batches, and
     :meth:`merged` puts them together.
 
@@ -119,6 +120,7 @@ class Recorder:
         self.first_step: int | None = None
         self.last_step = 0
         self.epsilon, self.loss = (np.full((epochs, 0), np.nan, np.float32) for _ in range(2))
+        self.contradicted = np.zeros((epochs, 0), bool)
         self.label, self.predicted = (np.zeros(0, np.int32) for _ in range(2))
         self._held: dict[int, int] = {}  # which epoch each row of the rings holds
         self._waiting: list[list[Tensor]] = []
@@ -217,19 +219,23 @@ class Recorder:
         _check_range(ids, self._limit)
         highest = int(ids.max())
         if highest >= self.label.size:
-            more = max(highest + 1, min(2 * self.label.size, self._limit)) - self.label.size
-            self.epsilon, self.loss = (
-                np.pad(t, ((0, 0), (0, more)), constant_values=np.nan) for t in (self.epsilon, self.loss)
-            )
-            self.label, self.predicted = (
-                np.pad(t, (0, more), constant_values=-1) for t in (self.label, self.predicted)
-            )
+            self._grow(max(highest + 1, min(2 * self.label.size, self._limit)))
         row = self._epoch % self.epochs
         if self._held.get(row) != self._epoch:
             self._held[row] = self._epoch
             self.epsilon[row], self.loss[row] = np.nan, np.nan
         self.epsilon[row, ids], self.loss[row, ids] = epsilon, loss
+        self.contradicted[row, ids] = predicted != labels
         self.label[ids], self.predicted[ids] = labels, predicted
+
+    def _grow(self, size: int) -> None:
+        more = size - self.label.size
+        for name in ("epsilon", "loss", "contradicted"):
+            values = getattr(self, name)
+            setattr(
+                self, name, np.pad(values, ((0, 0), (0, more)), constant_values=0 if values.dtype == bool else np.nan)
+            )
+        self.label, self.predicted = (np.pad(t, (0, more), constant_values=-1) for t in (self.label, self.predicted))
 
     def _close_times(self) -> None:
         times, self._times = self._times, {}
@@ -270,12 +276,7 @@ class Recorder:
             seen = mine.seen + other.seen
             rows = [_share(r, min(self._part, seen), seen) for r in (mine, other)]
             mine._kept, mine.seen = np.concatenate(rows), seen
-        size = max(self.label.size, part["label"].size)
-        pad = size - self.label.size
-        self.epsilon, self.loss = (
-            np.pad(t, ((0, 0), (0, pad)), constant_values=np.nan) for t in (self.epsilon, self.loss)
-        )
-        self.label, self.predicted = (np.pad(t, (0, pad), constant_values=-1) for t in (self.label, self.predicted))
+        self._grow(max(self.label.size, part["label"].size))
         known = np.flatnonzero(part["label"] >= 0)
         self.label[known], self.predicted[known] = part["label"][known], part["predicted"][known]
         for row, epoch in part["_held"].items():
@@ -283,9 +284,9 @@ class Recorder:
                 if epoch != self._held.get(row):
                     self._held[row] = epoch
                     self.epsilon[row], self.loss[row] = np.nan, np.nan
-                for own, other in ((self.epsilon, part["epsilon"]), (self.loss, part["loss"])):
-                    seen_there = np.flatnonzero(~np.isnan(other[row]))
-                    own[row, seen_there] = other[row, seen_there]
+                seen = np.flatnonzero(~np.isnan(part["epsilon"][row]))
+                for name in ("epsilon", "loss", "contradicted"):
+                    getattr(self, name)[row, seen] = part[name][row, seen]
 
     def rows(self) -> dict[str, np.ndarray]:
         """A random part of the samples of the last epochs: id (-1 where not known), label, epsilon and loss ``[R]``, and the
@@ -302,12 +303,13 @@ class Recorder:
 
     def samples(self) -> dict[str, np.ndarray]:
         """Every sample with an id that was seen in the last epochs: id, label, predicted, epochs (how many of the last ones),
-        mean epsilon and mean loss over them, ``[S]`` each."""
+        mean epsilon, mean loss, and the share of epochs in which the model contradicted the label, ``[S]`` each."""
         seen = ~np.isnan(self.epsilon)
         ids = np.flatnonzero(seen.any(axis=0))
         count = seen[:, ids].sum(axis=0)
         mean = (np.nansum(t[:, ids], axis=0, dtype=np.float64) / count for t in (self.epsilon, self.loss))
         found = dict(zip(("epsilon", "loss"), mean, strict=True))
+        found["contradicted"] = (self.contradicted & seen)[:, ids].sum(axis=0) / count
         found |= {
             "id": ids,
             "label": self.label[ids].astype(int),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import copy
 import csv
-import html
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import __version__, figures, metrics
+from . import figures, metrics
 from .covariance import Covariance, LowRank, take
 from .distributed import rank
 from .engine import MetaIADA
 from .perturbation import PerturbationNetwork
 from .recorder import Recorder
+from .report_page import Page, content_of
 
 #: Rows of the list of suspects in the HTML page; the CSV has all of them.
 _SHOWN = 48
@@ -30,13 +29,16 @@ _SPECTRA = 10
 
 
 class Suspect(NamedTuple):
-    """A sample whose label looks wrong.
+    """A sample whose label may be wrong.
 
     Attributes:
         id: row number in the training set.
         label: it was trained with.
         predicted: class that the model gave when it was last trained on.
-        epsilon: mean over the last epochs; low is suspect.
+        suspicion: 0 to 1, the mean of how far training lets the sample go (where epsilon lies, from the top to the bottom of its
+            range) and of ``contradicted``. Epsilon alone also lets go of whole classes, of which nothing is wrong.
+        contradicted: share of the last epochs in which the model predicted another class than the label.
+        epsilon: mean over the last epochs.
         loss: mean cross-entropy over the last epochs.
         epochs: how many of the last epochs it was seen in.
     """
@@ -44,6 +46,8 @@ class Suspect(NamedTuple):
     id: int
     label: int
     predicted: int
+    suspicion: float
+    contradicted: float
     epsilon: float
     loss: float
     epochs: int
@@ -72,7 +76,7 @@ class Report:
         samples: ``samples[id]`` is an image, a text, or a row with one, to show suspects.
         epochs: samples are followed over this many of the last epochs.
         capacity: samples kept with their characteristics.
-        max_id: ids are below this; about ``8 epochs + 8`` bytes for each.
+        max_id: ids are below this; about ``9 epochs + 8`` bytes for each.
 
     Raises:
         ImportError: Matplotlib is not installed.
@@ -165,7 +169,7 @@ class Report:
         self.evaluations[name] = Evaluation(predictions, labels, members)
 
     def suspects(self, n: int | None = None) -> list[Suspect]:
-        """Samples in the order of suspicion of their labels: lowest mean epsilon first, then highest loss.
+        """Samples in the order of suspicion of their labels, ties by loss.
 
         Args:
             n: how many; all by default.
@@ -196,7 +200,9 @@ class Report:
                 " numbers of the batch in the training set."
             )
         table = recorder.samples()
-        order = np.lexsort((-table["loss"], table["epsilon"]))
+        low, high = self._iada.config.epsilon_range
+        table["suspicion"] = 0.5 * ((high - table["epsilon"]) / (high - low) + table["contradicted"])
+        order = np.lexsort((-table["loss"], -table["suspicion"]))
         return {k: v[order] for k, v in table.items()}
 
     def _merged(self) -> Recorder:
@@ -226,7 +232,7 @@ class Report:
         recorder, limits = self._merged(), now.limits
         if not recorder.by_class:
             self._table(recorder)  # says so
-        page = _Page(folder, rank() == 0)
+        page = Page(folder, rank() == 0)
         names, counts = self.class_names, now.counts
         rows = recorder.rows()
         table = self._table(recorder) if recorder.with_ids else None
@@ -249,7 +255,11 @@ class Report:
             wrong = table["true_label"] != table["label"]
             page.section("clean_and_wrong", figures.clean_and_wrong(recorder.by_truth, table["epsilon"], wrong, limits))
             if 0 < wrong.sum() < len(wrong):
-                rankings = {"epsilon": -table["epsilon"], "loss (of this run)": table["loss"]}
+                rankings = {
+                    "suspicion": table["suspicion"],
+                    "epsilon alone": -table["epsilon"],
+                    "loss (of this run)": table["loss"],
+                }
                 page.section("finding", figures.finding_wrong_labels(rankings, wrong))
         if table is not None:
             self._write_suspects(page, table)
@@ -266,15 +276,17 @@ class Report:
         self._write_csv(page, rows if table is None else table)
         return page.finish()
 
-    def _write_suspects(self, page: _Page, table: dict[str, np.ndarray]) -> None:
+    def _write_suspects(self, page: Page, table: dict[str, np.ndarray]) -> None:
         shown = {k: v[:_SHOWN].tolist() for k, v in table.items()}
-        contents = [] if self.samples is None else [_content(self.samples, i) for i in shown["id"]]
+        contents = [] if self.samples is None else [content_of(self.samples, i) for i in shown["id"]]
         name = self.class_names
         cells = {
             "id": shown["id"],
             "label": [name[y] for y in shown["label"]],
             "predicted": [name[y] for y in shown["predicted"]],
             **({"true label": [name[y] for y in shown["true_label"]]} if "true_label" in shown else {}),
+            "suspicion": [f"{v:.3f}" for v in shown["suspicion"]],
+            "contradicted": [f"{100 * v:.0f} %" for v in shown["contradicted"]],
             "epsilon": [f"{e:+.3f}" for e in shown["epsilon"]],
             "loss": [f"{v:.2f}" for v in shown["loss"]],
         }
@@ -289,7 +301,7 @@ class Report:
         else:
             page.section("suspects", None, cells)
 
-    def _write_evaluations(self, page: _Page) -> None:
+    def _write_evaluations(self, page: Page) -> None:
         found = {}
         for key, e in self.evaluations.items():
             found[key] = metrics.confusion_matrix(e.predictions, e.labels, len(self.class_names))
@@ -310,8 +322,22 @@ class Report:
             sizes = np.stack(list(next(iter(grouped.values())).groups.values()), 1).sum(axis=0)
             page.section("group_accuracy", figures.accuracies(values, names, sizes))
 
-    def _write_csv(self, page: _Page, table: dict[str, np.ndarray]) -> None:
-        columns = [k for k in ("id", "label", "predicted", "true_label", "epsilon", "loss", "epochs") if k in table]
+    def _write_csv(self, page: Page, table: dict[str, np.ndarray]) -> None:
+        columns = [
+            k
+            for k in (
+                "id",
+                "label",
+                "predicted",
+                "true_label",
+                "suspicion",
+                "contradicted",
+                "epsilon",
+                "loss",
+                "epochs",
+            )
+            if k in table
+        ]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
@@ -392,89 +418,3 @@ def explain(
             epsilon = network(rows.flatten(0, 1)).view(points, -1).mean(dim=1)
         curves[int(k)] = values.numpy(), epsilon.numpy()
     return signed, curves
-
-
-def _content(samples: Any, index: int) -> Any:
-    """The image or text of a sample."""
-    row = samples(index) if isinstance(samples, Callable) and not hasattr(samples, "__getitem__") else samples[index]  # type: ignore[arg-type]
-    if isinstance(row, Mapping):
-        texts = [v for v in row.values() if isinstance(v, str)]
-        pictures = [v for v in row.values() if hasattr(v, "convert") or getattr(v, "ndim", 0) >= 2]
-        row = (pictures or texts or [str(dict(row))])[0]
-    elif isinstance(row, (tuple, list)):
-        row = row[0]
-    return row if isinstance(row, str) else figures.as_image(row)
-
-
-# --------------------------------------------------------------------------------------------------------------- page
-
-_TEXTS = {
-    "adversarial_share": ("Share of adversarial samples", "Of each class, the share of samples with epsilon > 0 in each epoch. Where it is high the training pulls the class towards the boundary; where it is low it lets the class go."),
-    "epsilon": ("Epsilon by class", "Right of zero (orange): adversarial, the sample is moved towards the other classes, so that training pulls it back harder. Left (blue): anti-adversarial, training lets it go. A second hump on the left is often wrong labels."),
-    "clean_and_wrong": ("Right and wrong labels", "The same for samples whose label is right, and whose label is known to be wrong. The further apart, the better epsilon tells them from each other."),
-    "finding": ("Finding wrong labels", "Taking the samples with the lowest epsilon, or the highest loss, for wrong: precision against recall over all cut-offs."),
-    "suspects": ("Suspect labels", "The samples with the lowest epsilon, a mean over the last epochs. Look at them before you delete them: rare and hard samples are let go, too. All samples are in samples.csv."),
-    "drivers": ("What drives epsilon", "Left: how strongly each training characteristic moves epsilon (mean size of gradient x input over samples). Right: mean epsilon over samples when one characteristic is set to a value and the others stay as they are."),
-    "spectra": ("Class covariances", "Eigenvalues of the feature covariance of classes (samples in brackets), largest first. A steep line: the class varies in few directions. Of a class with few samples the small ones are not known."),
-    "confusion": ("Confusion matrices", "Rows are true classes, columns predictions, in percent of the row."),
-    "class_accuracy": ("Accuracy of each class", "Test accuracy, with each model's worst class in the legend."),
-    "group_accuracy": ("Accuracy of each group", "Test accuracy, with each model's worst group in the legend; rows of the group in brackets."),
-    "meta_loss": ("Meta loss", "Cross-entropy on the meta batches, after the virtual step. It should fall, or stay low; a rise means that the model drifts away from what the meta set asks for."),
-    "step_time": ("Time of a step", "Median and quartiles of the wall time from one optimizer step to the next, data loading included."),
-}  # fmt: skip
-
-_STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:60rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem}h2{font-size:1.2rem;margin:2.2rem 0 .3rem}p{margin:.3rem 0 .8rem;color:#444}
-img{max-width:100%;height:auto}table{border-collapse:collapse;font-size:.85rem}
-td,th{padding:.2rem .7rem .2rem 0;text-align:left;border-bottom:1px solid #ddd;vertical-align:top;overflow-wrap:anywhere}
-nav{font-size:.9rem}nav a{margin-right:.9rem;white-space:nowrap}.wide{overflow-x:auto}footer{margin:3rem 0;color:#777;font-size:.85rem}
-"""
-
-
-class _Page:
-    """An HTML page with its pictures inside; nothing is written before the end, and only by the first process."""
-
-    def __init__(self, folder: Path, writes: bool) -> None:
-        self.folder, self.writes = folder, writes
-        self.parts: list[str] = []
-        self.links: list[str] = []
-        self.files: dict[str, bytes] = {}
-
-    def facts(self, values: dict[str, str]) -> None:
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in values.items())
-        self.parts.append(f'<table id="facts">{rows}</table>')
-
-    def section(self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None) -> None:
-        title, text = _TEXTS[key]
-        self.links.append(f'<a href="#{key}">{title}</a>')
-        parts = [f'<section id="{key}"><h2>{title}</h2><p>{text}</p>']
-        if figure is not None:
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png")
-            self.files[f"{key}.png"] = buffer.getvalue()
-            data = base64.b64encode(buffer.getvalue()).decode()
-            parts.append(f'<img alt="{title}" src="data:image/png;base64,{data}">')
-        if cells:
-            head = "".join(f"<th>{html.escape(k)}</th>" for k in cells)
-            rows = zip(*cells.values(), strict=True)
-            body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-            parts.append(f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>')
-        self.parts.append("".join(parts) + "</section>")
-
-    def file(self, name: str, content: bytes) -> None:
-        self.files[name] = content
-
-    def finish(self) -> Path:
-        title = "Meta-IADA report"
-        page = (
-            f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{title}</title><style>{_STYLE}</style></head><body><h1>{title}</h1><nav>{' '.join(self.links)}</nav>"
-            f"{''.join(self.parts)}<footer>Written by iada_plugin {__version__}.</footer></body></html>\n"
-        )
-        path = self.folder / "report.html"
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, content in {**self.files, "report.html": page.encode()}.items():
-                (self.folder / name).write_bytes(content)
-        return path

@@ -54,10 +54,11 @@ def train(iada, model, optimizer, epochs=8, with_ids=True, seen=None, stop=None,
         for k, rows in enumerate(torch.randperm(N, generator=generator).split(BATCH)):
             if stop == (epoch, k):
                 return
-            loss = iada(model(x[rows]), y[rows], ids=rows if with_ids else None)
+            output = model(x[rows])
+            loss = iada(output, y[rows], ids=rows if with_ids else None)
             if seen is not None and iada.epsilon is not None:
-                for i, e in zip(rows.tolist(), iada.epsilon.tolist(), strict=True):
-                    seen.setdefault(epoch, {})[i] = e
+                for into, values in zip(seen, (iada.epsilon, output.argmax(1)), strict=True):
+                    into.setdefault(epoch, {}).update(zip(rows.tolist(), values.tolist(), strict=True))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -72,7 +73,7 @@ def finished():
     report = Report(
         iada, true_labels=truth, samples=problem()[0].view(N, 2, 3), epochs=3, class_names=["ant", "<bee>", "cat"]
     )
-    seen = {}
+    seen = {}, {}
     train(iada, model, optimizer, seen=seen)
     before = report.suspects()
     iada.close()
@@ -82,8 +83,8 @@ def finished():
 # ---------------------------------------------------------------------------------------------------------- collecting
 
 
-def test_suspects_are_the_lowest_means_of_the_last_epochs(finished):
-    report, seen, before = finished
+def test_suspects_are_judged_by_the_last_epochs(finished):
+    report, (seen, predicted), before = finished
     _, y, _ = problem()
     assert sorted(seen) == [2, 3, 4, 5, 6, 7]
     expected = {i: np.mean([seen[e][i] for e in (5, 6, 7)]) for i in range(N)}
@@ -93,12 +94,15 @@ def test_suspects_are_the_lowest_means_of_the_last_epochs(finished):
     for s in suspects:
         assert s.epsilon == pytest.approx(expected[s.id], abs=1e-6) and s.epochs == 3 and s.label == y[s.id]
         assert 0 <= s.predicted < C and s.loss > 0
-    assert [s.epsilon for s in suspects] == sorted(s.epsilon for s in suspects)
-    assert suspects[0].epsilon < suspects[-1].epsilon
+        assert s.suspicion == pytest.approx(0.5 * ((1 - s.epsilon) / 2 + s.contradicted))
+        told = [predicted[e][s.id] != s.label for e in (5, 6, 7)]
+        assert s.contradicted == pytest.approx(np.mean(told))
+    assert [s.suspicion for s in suspects] == sorted((s.suspicion for s in suspects), reverse=True)
+    assert suspects[0].suspicion > suspects[-1].suspicion
 
 
 def test_counts_of_adversarial_samples(finished):
-    report, seen, _ = finished
+    report, (seen, _), _ = finished
     _, y, truth = problem()
     counts = report._merged().by_class
     assert sorted(counts) == sorted(seen)
@@ -135,8 +139,8 @@ def test_memory_is_bounded():
         recorder.add_meta_loss(torch.tensor(1.0), torch.tensor(True))
         recorder.end_step(step, 2)
         assert len(recorder._waiting) <= 64
-    arrays = (recorder.epsilon, recorder.loss, recorder.label, recorder.predicted)
-    assert sum(a.nbytes for a in arrays) <= 1000 * (8 * 2 + 8)
+    arrays = (recorder.epsilon, recorder.loss, recorder.contradicted, recorder.label, recorder.predicted)
+    assert sum(a.nbytes for a in arrays) <= 1000 * (9 * 2 + 8)
     assert len(recorder.reservoirs) == 2 and len(recorder.rows()["f"]) == 20
     assert len(recorder.meta_loss.points()[1]) <= 2000 and len(recorder.seconds) == 199
 
