@@ -91,19 +91,33 @@ def main(args: argparse.Namespace, build: Callable[[], Scenario]) -> None:
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
+    predictions, reports = {}, {}
     for name in args.method:
         try:
             run = run_method(
-                scenario, METHODS[name], settings=settings, seed=args.seed, device=args.device, config=config
+                scenario,
+                METHODS[name],
+                settings=settings,
+                seed=args.seed,
+                device=args.device,
+                config=config,
+                report=True,
             )
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise SystemExit(f"error: {METHODS[name].title}: {error}") from error
-        run.pop("predictions")
+        predictions[METHODS[name].title] = run.pop("predictions")
+        reports[name] = run.pop("report")
         found[name] = run
         results = {"arguments": vars(args), "settings": asdict(settings), "counts": counts, "versions": versions(), "methods": found}  # fmt: skip
         (folder / "results.json").write_text(json.dumps(without_nan(results), indent=2))
     _print_table(found, len(scenario.test))
     print(f"\nWrote {folder / 'results.json'}.")
+    groups = None if scenario.test.groups is None else scenario.test.groups.cpu()
+    for name, report in reports.items():
+        if report is not None and not report.empty:
+            for title, values in predictions.items():
+                report.add_evaluation(title, values, scenario.test.y.cpu(), groups, scenario.group_names)
+            print(f"What {METHODS[name].title} did to the samples: {report.write(folder / f'report_{name}')}")
 
 
 def without_nan(value: Any) -> Any:

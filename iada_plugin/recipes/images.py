@@ -29,6 +29,7 @@ from .loop import Samples, crop_and_flip
 from .networks import create_network
 from .scenario import Scenario, Settings, balanced_scores, class_scores
 
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 #: CIFAR-10N's label columns (Wei et al., 2022).
 CIFAR10N = ("aggre_label", "random_label1", "random_label2", "random_label3", "worse_label")
 
@@ -67,9 +68,11 @@ def _image_scenario(name: str, x: Tensor, num_classes: int, data: str | None, au
     # Digits must not be mirrored. Four pixels in 32, as published.
     shift = crop_and_flip(max(1, x.shape[-1] // 8) if augment else 0, flip=x.shape[1] == 3)
     channels = x.shape[1]
+    names = CIFAR10_CLASSES if data and channels == 3 and num_classes == 10 else None
     return Scenario(
-        name, num_classes, augment=shift, network=lambda model: create_network(model, num_classes, channels), **parts
-    )
+        name, num_classes, augment=shift, network=lambda model: create_network(model, num_classes, channels),
+        class_names=names, **parts,
+    )  # fmt: skip
 
 
 def long_tailed_images(

@@ -102,7 +102,7 @@ class IADA:
 
     def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         """The engine's loss."""
-        loss = self.engine(output, y)
+        loss = self.engine(output, y, ids=rows)
         if self.engine.epsilon is not None:
             self.signal[rows] = -self.engine.epsilon.to(self.signal.dtype)
         return loss
@@ -171,6 +171,7 @@ def run_method(
     device: str = "cpu",
     config: dict[str, Any] | None = None,
     test: bool = True,
+    report: bool = False,
 ) -> dict[str, Any]:
     """Train one method on one scenario.
 
@@ -184,10 +185,11 @@ def run_method(
         device: to train on.
         config: settings of `IADAConfig`, for the methods that have one.
         test: score the test samples; off while settings are chosen.
+        report: collect a `Report`, where the method has the IADA loss.
 
     Returns:
         ``metrics`` (test), ``validation``, ``config`` (of the IADA loss, where the method has it), ``curve``, ``seconds``, ``predictions`` and, where true labels are known,
-        ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first.
+        ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first. With ``report``, the `Report` or ``None``.
     """
     settings = settings or scenario.settings
     seed_rng(torch.device(device), seed)  # Python's and NumPy's too: image transforms draw from them
@@ -203,6 +205,7 @@ def run_method(
     seed_rng(torch.device(device), seed + 1)  # the same batches for every method until one of them draws differently
     criterion = method.criterion(run)
     val = None if scenario.val is None else scenario.val.to(device)
+    watching = _report(criterion.engine, scenario, train) if report and hasattr(criterion, "engine") else None
 
     def validate(model: nn.Module) -> float:
         return next(iter(scenario.score(predict(model, val, settings.workers), scenario.val).values()))  # type: ignore[arg-type]
@@ -219,6 +222,8 @@ def run_method(
         method.finish(run, criterion)
     seconds += time.perf_counter() - start
     found: dict[str, Any] = {"curve": curve, "seconds": round(seconds, 1)}
+    if report:
+        found["report"] = watching
     if val is not None:
         found["validation"] = scenario.score(predict(model, val, settings.workers), scenario.val)  # type: ignore[arg-type]
     if hasattr(criterion, "engine"):
@@ -235,6 +240,14 @@ def _joined(train: Samples, meta: Samples) -> Samples:
         raise ValueError("training on the meta samples too needs images that are in memory.")
     clean = None if train.clean is None else torch.cat([train.clean, meta.y])
     return Samples(torch.cat([train.x, meta.x]), torch.cat([train.y, meta.y]), None, clean)
+
+
+def _report(engine: MetaIADA, scenario: Scenario, train: Samples) -> Any:
+    from ..report import Report  # needs Matplotlib
+
+    words = isinstance(train.x, Tensor) and not train.x.is_floating_point()
+    samples = None if words else train.x
+    return Report(engine, class_names=scenario.class_names, true_labels=train.clean, samples=samples, max_id=len(train))
 
 
 def _noise_auroc(criterion: Any, train: Samples) -> float | None:

@@ -46,6 +46,7 @@ class Scenario:
         network: makes an untrained network by name.
         augment: for training batches.
         keep_best: end with the epoch of the best validation score instead of the last.
+        class_names, group_names: for reports.
     """
 
     name: str
@@ -59,6 +60,8 @@ class Scenario:
     val: Samples | None = None
     augment: Callable[[Tensor], Tensor] | None = None
     keep_best: bool = False
+    class_names: Sequence[str] | None = None
+    group_names: Sequence[str] | None = None
 
     @property
     def counts(self) -> list[int]:

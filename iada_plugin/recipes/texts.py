@@ -72,7 +72,7 @@ def reuters(path: str, *, meta_per_class: int = 10, seed: int = 0) -> Scenario:
     return Scenario(
         "long_tail_text", len(classes), Samples(ids["train"][rest], y[rest]), Samples(ids["train"][meta], y[meta]),
         Samples(ids["test"], test_y), Settings("dan", 30, 32, "adamw", 1e-3, 0.01, (0.6, 0.85), 0.3, warmup_ratio=0.5),
-        macro_first, lambda model: _text_network(model, size, len(classes), 200),
+        macro_first, lambda model: _text_network(model, size, len(classes), 200), class_names=list(classes),
     )  # fmt: skip
 
 
@@ -108,5 +108,5 @@ def comments(data: str | None = None, *, meta_per_group: int = 20, meta_from: st
     return Scenario(
         "comments", 2, parts["train"], parts["meta"], parts["test"], settings,
         group_scores(groups, parts["train"].groups, 20), lambda model: _text_network(model, size, 2, length),  # type: ignore[arg-type]
-        parts["val"], keep_best=True,
+        parts["val"], keep_best=True, class_names=("not toxic", "toxic"), group_names=GROUPS,
     )  # fmt: skip
