@@ -33,19 +33,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from logits_cost import published_logits
-from meter import PeakMemory, environment, interleaved, keep_freed_memory, ratio, table, write
+from meter import PeakMemory, environment, interleaved, keep_freed_memory, ratio, seconds, table, write
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import iada_plugin.hypergradient as hg
-from iada_plugin import IADAConfig, IADAHead, MetaIADA
+from iada_plugin import IADAConfig, IADAHead, MetaIADA, Report
 from iada_plugin.characteristics import BatchState, compute_characteristics
 from iada_plugin.covariance import variances
 from iada_plugin.functional import direction_and_scale
 from iada_plugin.head import find_classifier
 from iada_plugin.perturbation import PerturbationNetwork
 from iada_plugin.recipes.networks import create_network
+from iada_plugin.recorder import Recorder
 
 # ----------------------------------------------------------------------------------------------------------- workloads
 
@@ -133,6 +134,7 @@ class Setting:
     config: dict[str, Any] = field(default_factory=dict)
     meta_share: float = 1.0
     other: str = ""
+    report: bool = False  # collects for a `Report`
 
     @property
     def steps(self) -> int:
@@ -154,6 +156,9 @@ SETTINGS = {
     "online": Setting(_ONLINE),
     "online M=N/4": Setting(_ONLINE, 0.25),
     "online M=N/4 K=5": Setting({**_ONLINE, "meta_every": 5}, 0.25),
+    "loss only, report": Setting({**_ONLINE, "meta_lr": 0.0, "covariance_lr": 0.0}, report=True),
+    "lookahead, report": Setting(_LOOKAHEAD, report=True),
+    "online M=N/4 K=5, report": Setting({**_ONLINE, "meta_every": 5}, 0.25, report=True),
     "head": Setting(_HEAD),
     "head M=N/4": Setting(_HEAD, 0.25),
     "double backward": Setting(other="autograd"),
@@ -192,10 +197,14 @@ def make_step(work: Workload, setting: Setting, options: Options, model: nn.Modu
                 config=IADAConfig(warmup_epochs=2, **setting.config),
             )  # fmt: skip
         model.train()
+        extra = {"ids": torch.arange(n, device=device)} if setting.report else {}
+        if setting.report:
+            criterion.steps_per_epoch = 500  # not one step, as for the warm-up above
+            Report(criterion)
 
         def step(x: Tensor, y: Tensor) -> None:
             with options.precision():
-                loss = criterion(wrapped(x), y)
+                loss = criterion(wrapped(x), y, **extra)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -414,9 +423,14 @@ def measure(args: argparse.Namespace, options: Options) -> list[dict[str, Any]]:
         times = interleaved(runs, args.repetitions, options.device)
         del runs
         errors = _errors(
-            work, {k: s for k, s in wanted.items() if not s.other and k != "loss only"}, options, args.pretrain
+            work,
+            {k: s for k, s in wanted.items() if not s.other and not s.report and k != "loss only"},
+            options,
+            args.pretrain,
         )
         plain = times["plain"]
+        overheads = {k: ratio(times[k], times[k.removesuffix(", report")]) for k, s in wanted.items() if s.report}
+        shares = {k: recorder_share(work, s, options, copy.deepcopy(start)) for k, s in wanted.items() if s.report}
         for name, setting in wanted.items():
             if name in failed:
                 rows.append({"model": title, "setting": name, "error": failed[name]})
@@ -427,8 +441,36 @@ def measure(args: argparse.Namespace, options: Options) -> list[dict[str, Any]]:
                 "model": title, "setting": name, "time_ratio": middle, "memory_ratio": round(peaks[name] / peaks["plain"], 3),
                 "passes": passes.get(name), "hypergradient_error": errors.get(name), "time_quartiles": [low, high],
                 "seconds": round(sorted(per_step)[len(per_step) // 2], 5), "megabytes": round(peaks[name] / 1e6, 1),
+                **({"report_overhead": overheads[name], "recorder_share": shares[name]} if setting.report else {}),
             })  # fmt: skip
     return rows
+
+
+def recorder_share(work: Workload, setting: Setting, options: Options, model: nn.Module) -> float:
+    """Share of a step's time that is spent in what collects for a report, its copies from the device included."""
+    spent = [0.0]
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            taken = []
+            spent[0] += seconds(lambda: taken.append(function(*args)), options.device)
+            return taken[0]
+
+        return run
+
+    names = ("check", "add", "add_meta_loss", "end_step")
+    kept = {name: getattr(Recorder, name) for name in names}
+    try:
+        for name in names:
+            setattr(Recorder, name, timed(kept[name]))
+        cycle = make_step(work, setting, options, model)
+        spent[0] = 0.0
+        # Twice as many steps as wait for a copy, so that what a step pays includes it.
+        whole = seconds(lambda: [cycle() for _ in range(-(-128 // setting.steps))], options.device)
+    finally:
+        for name in names:
+            setattr(Recorder, name, kept[name])
+    return round(spent[0] / whole, 5)
 
 
 def _errors(work: Workload, wanted: dict[str, Setting], options: Options, pretrain: int) -> dict[str, float]:
@@ -450,11 +492,13 @@ def _errors(work: Workload, wanted: dict[str, Setting], options: Options, pretra
 
 def render(result: dict[str, Any], plot: Path | None) -> str:
     """Markdown, one table a model; with ``plot``, a picture too."""
-    rows = [{**r, "passes": _passes(r), "time": _time(r)} for r in result["rows"]]
+    rows = [{**r, "passes": _passes(r), "time": _time(r), "report": _report(r)} for r in result["rows"]]
     if plot is not None:
         _plot([r for r in rows if "time_ratio" in r], plot)
     columns = {"setting": "setting", "time": "time (quartiles)", "memory_ratio": "memory", "passes": "passes a step",
                "hypergradient_error": "error of the hypergradient"}  # fmt: skip
+    if any(r["report"] for r in rows):
+        columns["report"] = "against the same without a report; time inside the recorder"
     parts = []
     for model in dict.fromkeys(r["model"] for r in rows):
         own = [r for r in rows if r["model"] == model]
@@ -466,6 +510,12 @@ def render(result: dict[str, Any], plot: Path | None) -> str:
 
 def _passes(row: dict[str, Any]) -> str:
     return "{forward:g} F + {backward:g} B".format(**row["passes"]) if row.get("passes") else row.get("error", "")
+
+
+def _report(row: dict[str, Any]) -> str:
+    if "report_overhead" not in row:
+        return ""
+    return "{:.3f} ({:.3f} to {:.3f}); ".format(*row["report_overhead"]) + f"{100 * row['recorder_share']:.2f} %"
 
 
 def _time(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/cost.md: settings from `IADAConfig`, figures from benchmarks/results.
+"""Write the tables of the pages in docs/: settings from `IADAConfig`, figures from benchmarks/results.
 
 python docs/tables.py
 """
@@ -87,10 +87,17 @@ def approximations() -> str:
     return "\n".join(text).rstrip()
 
 
+def suspects() -> str:
+    """benchmarks/suspects.py."""
+    result = json.loads((RESULTS / "suspects_cpu.json").read_text())
+    return f"{_benchmark('suspects').render(result, None)}\n\n{_made_by(result)}"
+
+
 BLOCKS = {
-    ROOT / "README.md": [settings],
+    ROOT / "docs" / "settings.md": [settings],
     ROOT / "docs" / "cost.md": [step_cost, step_cost_gpu, logits_cost, approximations],
     ROOT / "docs" / "long_runs.md": [soak],
+    ROOT / "docs" / "report.md": [suspects],
 }
 
 

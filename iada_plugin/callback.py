@@ -383,8 +383,13 @@ class MetaIADACallback(TrainerCallback):
             return
         if self.report.empty:
             warnings.warn(f"no report in {self.report_dir}: no step was trained after the warm-up.")
-        else:
+            return
+        try:
             path = self.report.write(self.report_dir)
+        except Exception as error:  # what comes after train() must not be lost for a picture
+            warnings.warn(f"the report could not be written ({type(error).__name__}: {error}): train() is over and complete;"
+                          " callback.report.write(folder) tries again.")  # fmt: skip
+        else:
             logger.info("wrote the report %s", path)
 
     def uninstall(self) -> None:

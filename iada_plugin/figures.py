@@ -349,19 +349,21 @@ def images(pictures: Sequence[Any], titles: Sequence[str], columns: int = 8) -> 
 
 
 def as_image(picture: Any) -> np.ndarray:
-    """``[H, W]`` or ``[H, W, 3]`` in 0..1.
+    """``[H, W]`` or ``[H, W, 3]`` in 0..1. Two channels become red and green.
 
     Raises:
         ValueError: it has another shape.
     """
     values = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture, dtype=float)
-    if values.ndim == 3 and values.shape[0] in (1, 3) and values.shape[2] not in (1, 3):
+    if values.ndim == 3 and values.shape[0] in (1, 2, 3) and values.shape[2] not in (1, 2, 3):
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
+    if values.ndim == 3 and values.shape[2] == 2:
+        values = np.concatenate([values, np.full_like(values[:, :, :1], values.min())], axis=2)
     if values.ndim != 2 and not (values.ndim == 3 and values.shape[2] == 3):
         raise ValueError(
-            f"an image has the shape {list(values.shape)}: give [H, W], [H, W, 3] or [C, H, W] with 1 or 3 channels."
+            f"an image has the shape {list(values.shape)}: give [H, W], or [C, H, W] or [H, W, C] with one to three channels."
         )
     low, high = values.min(), values.max()
     return (values - low) / (high - low if high > low else 1)

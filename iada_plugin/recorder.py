@@ -170,8 +170,10 @@ class Recorder:
             self._close_times()
             self._epoch = epoch
         if self._clock is not None:
-            times = self._times.setdefault(_KINDS[kind], Reservoir(2000, 1))
-            times.add(np.array([[now - self._clock]]))
+            name = _KINDS[kind]
+            if name not in self._times:
+                self._times[name] = Reservoir(2000, 1)
+            self._times[name].add(np.array([[now - self._clock]]))
         self._clock = now
         self.last_step = step
         self._steps += 1

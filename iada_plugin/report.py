@@ -115,6 +115,8 @@ class Report:
             if value < 1 or value != int(value):
                 raise ValueError(f"{name}={value!r} must be a whole number >= 1.")
         self.class_names = [str(n) for n in (range(num_classes) if class_names is None else class_names)]
+        if samples is not None:
+            content_of(samples, 0)  # an error now rather than after training
         self.samples = samples
         self.evaluations: dict[str, Evaluation] = {}
         self._recorder = Recorder(

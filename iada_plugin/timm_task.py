@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .checks import CUDA_GRAPH_MODES, plan_warmup
 from .config import IADAConfig
 from .engine import MetaIADA
@@ -34,7 +35,7 @@ class MetaIADATask(ClassificationTask):
         criterion_kwargs: as for `ClassificationTask`; "ce" without smoothing or soft targets.
         device, dtype, verbose: as for `ClassificationTask`.
         optimizer: the optimizer that trains ``model``; where it is made after the task, call :meth:`set_optimizer`.
-        meta_loader, steps_per_epoch, class_counts, epochs, config, classifier: as for `MetaIADA`.
+        meta_loader, steps_per_epoch, class_counts, epochs, config, classifier, characteristics: as for `MetaIADA`.
 
     Raises:
         ValueError: naming train.py's flag that has to change, or ``steps_per_epoch`` or ``epochs``.
@@ -57,7 +58,8 @@ class MetaIADATask(ClassificationTask):
         class_counts: Sequence[float] | Tensor | None = None,
         epochs: float | None = None,
         config: IADAConfig | None = None,
-        classifier: str | None = None,
+        classifier: str | nn.Module | None = None,
+        characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
         _check_criterion(criterion, criterion_kwargs or {})
         config = IADAConfig.of(config)
@@ -72,6 +74,7 @@ class MetaIADATask(ClassificationTask):
             "epochs": epochs,
             "config": config,
             "classifier": classifier,
+            "characteristics": characteristics,
         }
         self.__dict__["engine"] = None
         self._loaded: dict[str, Tensor] | None = None

@@ -110,6 +110,7 @@ def sample_noise(covariance: Covariance, labels: Tensor, draws: int, *, seed: in
 def collect_features(iada: MetaIADA, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Features ``[B, H]`` and labels ``[B]`` of all batches of a loader, on the CPU, in eval mode: the bank to look up
     neighbours in. Let the loader go through the set once, in order."""
+    _require_open(iada)
     parts = [_run(iada, batch) for batch in loader]
     if not parts:
         raise ValueError("the loader is empty.")

@@ -1,6 +1,7 @@
 """The methods of comparison against their formulas, written out sample by sample."""
 
 import importlib.util
+import json
 import math
 import sys
 from pathlib import Path
@@ -208,3 +209,50 @@ def test_train_plus_meta_is_both(tmp_path):
         baselines.CrossEntropy.__call__ = original
     assert sum(seen) == 2 * (24 + 16)
     assert isinstance(Batches(run.meta, 8).targets, torch.Tensor)
+
+
+def test_suspects_benchmark(tmp_path, monkeypatch, capsys):
+    """On digits, without cleanlab, which is no dependency: rankings, table and picture."""
+    suspects = load("suspects")
+    monkeypatch.setattr(suspects.importlib.util, "find_spec", lambda name: None)
+    path = tmp_path / "suspects.json"
+    monkeypatch.setattr(sys, "argv", ["suspects.py", "--size", "tiny", "--json", str(path), "--report", str(tmp_path)])
+    suspects.main()
+    rows = {r["ranking"]: r for r in json.loads(path.read_text())["rows"]}
+    assert len(rows) == 5 and (tmp_path / "flip1" / "report.html").is_file()
+    best = rows["Meta-IADA, suspects()"]
+    assert best["auroc"] > 0.95 and best["auroc"] > rows["loss of cross-entropy"]["auroc"]
+    assert best["recall"][-1] == 1 and len(best["precision"]) == 50
+    assert f"{100 * best['auroc']:.1f}" in capsys.readouterr().out
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_cleanlab_in_the_benchmark():
+    pytest.importorskip("cleanlab")
+    suspects = load("suspects")
+    y = torch.arange(90).numpy() % 3
+    probabilities = torch.nn.functional.one_hot(torch.arange(90) % 3, 3).double().numpy() * 0.7 + 0.1
+    y[:9] = (y[:9] + 1) % 3
+    scores, flagged = suspects.cleanlab_scores(y, probabilities)
+    assert sorted(flagged) == list(range(9)) and len(scores) == 2
+    for values in scores.values():
+        assert values[:9].min() > values[9:].max()
+
+
+def test_out_of_sample_probabilities():
+    """Each sample's come from a network that was not trained on it."""
+    suspects = load("suspects")
+    scenario, settings = suspects.build(suspects.TASKS["tiny"]["flip1"], None, 0)
+    seen = []
+
+    def run_method(scenario, method, **options):
+        seen.append({tuple(x.flatten().tolist()) for x in scenario.train.x})
+        model = scenario.network("smallconv")
+        method.finish(type("Run", (), {"model": model, "scenario": scenario}), None)
+
+    suspects.run_method = run_method
+    found = suspects.out_of_sample(scenario, settings, 0, "cpu", False)
+    assert found.shape == (len(scenario.train), 10) and abs(found.sum(1) - 1).max() < 1e-5
+    together = [len(set.union(*seen)), *map(len, seen)]
+    everything = {tuple(x.flatten().tolist()) for x in scenario.train.x}
+    assert together[0] == len(everything) and all(n < 0.7 * len(everything) for n in together[1:])

@@ -168,6 +168,23 @@ def test_reporters_see_the_scalars_after_attach_to(tmp_path):
         assert "iada/meta_loss" in t.state.log_history[-2]
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_tensorboard_gets_the_scalars_after_attach_to(tmp_path, monkeypatch):
+    """The real reporter and its real files, where TensorBoard is installed."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for attached in (False, True):
+        folder = tmp_path / str(attached)
+        monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(folder))  # transformers 5
+        where = {"logging_dir": str(folder)} if "logging_dir" in inspect.signature(TrainingArguments).parameters else {}
+        t = trainer(tmp_path, None if attached else callback(), report_to=["tensorboard"], **where)
+        if attached:
+            callback().attach_to(t)
+        t.train()
+        events = event_accumulator.EventAccumulator(str(next(folder.rglob("events*")).parent)).Reload()
+        assert ("train/iada/meta_loss" in events.Tags()["scalars"]) == attached
+        assert "train/loss" in events.Tags()["scalars"]
+
+
 def test_add_callback_train_twice_and_restarts(tmp_path):
     ours = callback()
     t = trainer(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from io import BytesIO
@@ -33,6 +34,21 @@ def wilds_rows(n=400):
             votes = {identity: float(groups[2 * k : 2 * k + 2].any()) for k, identity in enumerate(IDENTITIES)}
             found.append({"comment_text": text, "split": split, "toxicity": float(label), **votes})
     return found
+
+
+def test_quickstart(tmp_path):
+    out = run("quickstart.py", "--epochs", 12, "--output", tmp_path)
+    plain, ours = (float(found) for found in re.findall(r"^(?:cross-entropy|Meta-IADA): ([\d.]+) %", out, re.MULTILINE))
+    assert ours > plain + 5
+    assert float(re.search(r"AUROC ([\d.]+) %", out)[1]) > 95
+    assert (tmp_path / "suspects.png").stat().st_size > 10_000 and (tmp_path / "report.html").is_file()
+
+
+def test_augmented_images(tmp_path):
+    out = run("augmented_images.py", "--epochs", 3, "--decoder-epochs", 3, "--samples", 4, "--output", tmp_path)
+    kept, other = map(int, re.search(r"own class in (\d) of 4, at -1 in (\d)", out).groups())
+    assert kept <= other == 4
+    assert (tmp_path / "augmented_images.png").stat().st_size > 10_000
 
 
 def test_civilcomments_on_a_file(tmp_path):

@@ -50,6 +50,16 @@ def loop_names(tmp_path):
     return {"meta_loader": meta_loader, "loader": loader, "counts": [2] * 6 + [1] * 4, "epochs": 2, "model": model, "optimizer": optimizer}  # fmt: skip
 
 
+def report_names(tmp_path):
+    data = torch.utils.data.TensorDataset(torch.randn(16, 6), torch.arange(16) % 3, torch.arange(16))
+    model = MLP()
+    return {
+        "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), "epochs": 2, "images": torch.rand(16, 4, 4),
+        "meta_loader": torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data.tensors[:2]), batch_size=16),
+        "loader": torch.utils.data.DataLoader(data, batch_size=8, shuffle=True),
+    }  # fmt: skip
+
+
 def noise_names(tmp_path):
     return {"dataset": {"label": np.arange(200) % 4}}
 
@@ -59,6 +69,7 @@ def split_names(tmp_path):
 
 
 PREPARED = {
+    "Report": report_names,
     "noisy_labels": noise_names,
     "Trainer": trainer_names,
     "timm": timm_names,
@@ -81,6 +92,8 @@ def test_python_blocks_run(index, tmp_path, monkeypatch):
         assert names["criterion"].step == 10 and names["criterion"].pop_metrics()["iada/meta_loss"] > 0
     elif key == "config =":
         assert names["iada"].step == 4 and type(names["model"].fc) is torch.nn.Linear
+    elif key == "Report":
+        assert (tmp_path / "report" / "suspects.png").is_file()
     elif key == "noisy_labels":
         label = names["dataset"]["label"]
         assert len(names["meta_rows"]) == 20 and (names["noisy"] == label)[names["meta_rows"]].all()

@@ -503,9 +503,17 @@ def test_suspects_shown_as_text_and_as_rows(tmp_path):
     report.write(tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert f"text &lt;{first}&gt; xxx" in text and "x" * 250 not in text and not (tmp_path / "suspects.png").exists()
-    report.samples = lambda i: np.zeros((4, 4, 3))
-    report.write(tmp_path)
-    assert (tmp_path / "suspects.png").is_file()
-    report.samples = lambda i: np.zeros(4)
-    with pytest.raises(ValueError, match=r"an image has the shape \[4\]"):
+    for shape in ((4, 4, 3), (2, 4, 5), (1, 4, 4)):
+        report.samples = lambda i, shape=shape: np.zeros(shape)
         report.write(tmp_path)
+    assert (tmp_path / "suspects.png").is_file()
+    with pytest.raises(ValueError, match=r"an image has the shape \[4\]"):
+        Report(iada, samples=lambda i: np.zeros(4))
+
+
+def test_a_report_that_cannot_be_written_loses_nothing(tmp_path):
+    (tmp_path / "report").write_text("a file where the folder should be")
+    t = trainer(tmp_path, watched(tmp_path))
+    with pytest.warns(UserWarning, match=r"could not be written .*train\(\) is over"):
+        t.train()
+    assert t.state.global_step == 8
