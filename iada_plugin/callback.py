@@ -22,7 +22,7 @@ from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_f
 from .checks import CUDA_GRAPH_MODES, REENTRANT
 from .config import IADAConfig
 from .data.meta import labels_of
-from .distributed import world_size
+from .distributed import rank, world_size
 from .engine import MetaIADA
 from .sample_ids import SAMPLE_IDS, number_samples
 
@@ -235,6 +235,11 @@ class MetaIADACallback(TrainerCallback):
                 " iada_plugin.last_complete_checkpoint(output_dir), name the folder with"
                 " MetaIADACallback(resume_from=...), or start the method anew with resume_from='fresh'."
             ) from error
+        seen = Path(folder) / f"iada_report-{rank()}.pt"
+        if self.report is not None and seen.is_file():
+            self.report.load_state_dict(torch.load(seen, weights_only=True))
+        elif self.report is not None:
+            logger.info("no %s: the report covers the run from step %d on.", seen, state.global_step)
 
     def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
         """Meta samples get the column filter and the collator of the training samples."""
@@ -329,6 +334,10 @@ class MetaIADACallback(TrainerCallback):
         if self.engine is not None and args.should_save and folder.is_dir():
             os.replace(staged_file(_folder(args), state.global_step), folder / STATE_FILE)
         self._staged = None
+        if self.report is not None and folder.is_dir():
+            path = folder / f"iada_report-{rank()}.pt"
+            torch.save(self.report.state_dict(), path.with_suffix(".tmp"))  # nothing half-written under its name
+            os.replace(path.with_suffix(".tmp"), path)
 
     def on_log(
         self,

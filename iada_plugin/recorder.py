@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from .distributed import world_size
 
 #: Batches wait on their device for so many optimizer steps before they are copied.
 _STEPS_WAITING = 64
+#: One value a sample, or one a sample and epoch.
+_RINGS = ("epsilon", "loss", "contradicted", "label", "predicted")
 _KINDS = ("warm-up", "IADA loss", "meta step")
 
 
@@ -67,6 +70,11 @@ class Reservoir:
         taken = place < len(self._kept)
         self._kept[place[taken]] = rows[taken]  # of two rows for one place the later one stays
         self.seen += len(rows)
+
+    def fill(self, rows: np.ndarray, seen: int) -> None:
+        """Go on with rows that were kept of ``seen``."""
+        self._kept[: len(rows)] = rows[: len(self._kept)]
+        self.seen = seen
 
     @property
     def rows(self) -> np.ndarray:
@@ -264,6 +272,39 @@ class Recorder:
         for part in parts[1:]:
             whole._join(part)
         return whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has seen, for a run that is resumed: tensors, numbers and lists, fit for ``torch.load``'s
+        ``weights_only``. The clock of the present epoch is not in it."""
+        self.drain()
+        found = {name: torch.from_numpy(getattr(self, name).copy()) for name in _RINGS}
+        for name in ("by_class", "by_truth"):
+            found[name] = {k: torch.from_numpy(v.copy()) for k, v in getattr(self, name).items()}
+        found["reservoirs"] = {k: (torch.from_numpy(r.rows.copy()), r.seen) for k, r in self.reservoirs.items()}
+        found["meta_loss"] = (list(self.meta_loss._points), list(self.meta_loss._open), self.meta_loss.width)
+        found |= {"seconds": copy.deepcopy(self.seconds), "held": dict(self._held), "first_step": self.first_step, "with_ids": self.with_ids}  # fmt: skip
+        return found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: it is of other classes, characteristics or ``epochs``.
+        """
+        rows = [r for r, _ in state["reservoirs"].values()]
+        same = all(v.shape[0] == self.num_classes for v in state["by_class"].values())
+        if not same or any(r.shape[1] != self._columns for r in rows) or state["epsilon"].shape[0] != self.epochs:
+            raise ValueError("this state of a report is of other classes, characteristics or epochs than this one has.")
+        for name in _RINGS:
+            setattr(self, name, state[name].numpy().copy())
+        for name in ("by_class", "by_truth"):
+            setattr(self, name, {k: v.numpy().copy() for k, v in state[name].items()})
+        for epoch, (kept, seen) in state["reservoirs"].items():
+            self.reservoirs[epoch] = Reservoir(self._part, self._columns, seed=epoch)
+            self.reservoirs[epoch].fill(kept.numpy(), seen)
+        self.meta_loss._points, self.meta_loss._open, self.meta_loss.width = (copy.copy(v) for v in state["meta_loss"])
+        self.seconds, self._held = copy.deepcopy(state["seconds"]), dict(state["held"])
+        self.first_step, self.with_ids = state["first_step"], state["with_ids"]
 
     def _join(self, part: dict[str, Any]) -> None:
         for own, other in ((self.by_class, part["by_class"]), (self.by_truth, part["by_truth"])):

@@ -219,6 +219,18 @@ class Report:
         self._recorder.drain()
         self._kept = _Kept.of(self._iada)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has seen so far, for a run that is resumed; evaluations are not in it."""
+        return self._recorder.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, in the same process of as many.
+
+        Raises:
+            ValueError: it is of another classifier, or other ``epochs``.
+        """
+        self._recorder.load_state_dict(state)
+
     # --------------------------------------------------------------------------------------------------------- writing
 
     def write(self, folder: str | Path) -> Path:

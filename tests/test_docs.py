@@ -15,7 +15,7 @@ from models import MLP, ConvNet, distilbert, tokens
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
 
-from iada_plugin import IADAConfig, MetaIADACallback
+from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback
 
 try:
     from iada_plugin import MetaIADATask
@@ -98,12 +98,43 @@ def resumed_names(tmp_path):
     return names
 
 
+def pictures_names(tmp_path):
+    model = ConvNet()
+    x, y = torch.randn(16, 3, 8, 8), torch.arange(16) % 4
+    iada = MetaIADA(model, torch.optim.SGD(model.parameters(), lr=0.1), meta_loader=[(x, y)], steps_per_epoch=1, epochs=3,
+                    config=IADAConfig(warmup_epochs=1))  # fmt: skip
+    for _ in range(3):
+        iada(model(x), y).backward()
+        iada.optimizer.step()
+    decoder = torch.nn.Sequential(torch.nn.Linear(8, 3 * 8 * 8), torch.nn.Unflatten(1, (3, 8, 8)))
+    return {
+        "iada": iada,
+        "images": x[:4],
+        "labels": y[:4],
+        "train_loader": [(x, y)],
+        "train_images": x,
+        "decoder": decoder,
+    }
+
+
+def report_names(tmp_path):
+    names = trainer_names(tmp_path)
+    labels = np.arange(20) % 2
+    return {
+        **names, "Trainer": Trainer, "config": IADAConfig(warmup_epochs=1), "texts": [f"text {i}" for i in range(32)],
+        "predictions": labels, "plain_predictions": 1 - labels, "test_labels": labels, "test_groups": labels,
+    }  # fmt: skip
+
+
 #: What the blocks of a page find: one namespace a page, in which its blocks run one after the other.
 PREPARED = {
     "extending.md": loop_names,
+    "how_it_works.md": pictures_names,
     "long_runs.md": resumed_names,
     "meta_set.md": split_names,
     "plain_loop.md": loop_names,
+    "report.md": report_names,
+    "settings.md": lambda tmp_path: {},
     "timm.md": images_names,
     "trainer.md": trainer_names,
 }
@@ -134,6 +165,11 @@ def after_split(names):
     assert len(rows) + len(names["train_rows"]) == len(labels)
 
 
+def after_report(names):
+    page = Path("report/report.html").read_text()
+    assert "text 3" in page and "group_accuracy" in page and len(names["callback"].report.suspects()) == 32
+
+
 def after_extending(names):
     assert names["iada"].meta.perturbation.mean.numel() == 16 and names["iada"].pop_metrics()["iada/meta_loss"] > 0
     assert names["weighted"].epsilon.std() > 0 and names["weighted"].meta.skipped == 0
@@ -144,6 +180,7 @@ AFTERWARDS = {
     "extending.md": after_extending,
     "meta_set.md": after_split,
     "plain_loop.md": after_loop,
+    "report.md": after_report,
     "trainer.md": after_trainer,
 }
 

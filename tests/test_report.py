@@ -446,22 +446,41 @@ def test_the_same_training_with_a_report(tmp_path):
 
 
 def test_own_ids_and_a_resumed_run(tmp_path):
-    """A "sample_ids" column that reaches the model is taken as it is; a resumed run goes on with the right rows."""
+    """A "sample_ids" column that reaches the model is taken as it is; the report of a resumed run is that of the whole run."""
     rows = dataset(32).add_column("sample_ids", [100 + i for i in range(32)])
+    found = []
+    for resume in (None, str(tmp_path / "checkpoint-10")):
+        ours = watched(tmp_path, report_options={"max_id": 200, "epochs": 2})
+        t = trainer(
+            tmp_path, ours, train=rows, save_strategy="steps", save_steps=5, remove_unused_columns=False, max_steps=14
+        )
+        t.train(resume_from_checkpoint=resume)
+        found.append((ours.report.suspects(), ours.report._merged()))
+    (whole, one), (resumed, two) = found
+    assert whole == resumed and {s.id: s.label for s in whole} == {
+        100 + i: v for i, v in labels_of_rows(dataset(32)).items()
+    }
+    assert all(np.array_equal(one.by_class[e], two.by_class[e]) for e in one.by_class) and list(one.by_class) == [
+        1,
+        2,
+        3,
+    ]
+    assert np.array_equal(one.meta_loss.points()[1], two.meta_loss.points()[1]) and two.first_step == 4
+    assert len(two.rows()["f"]) == len(one.rows()["f"]) == 32 + 16
 
-    def run(**options):
-        ours = watched(tmp_path, report_options={"max_id": 200})
-        return trainer(
-            tmp_path, ours, train=rows, save_strategy="steps", save_steps=5, remove_unused_columns=False, **options
-        ), ours
 
-    t, _ = run(max_steps=8)
+def test_a_checkpoint_without_what_was_seen(tmp_path):
+    """It says since when the report is, and a state of another classifier is refused."""
+    t = trainer(tmp_path, watched(tmp_path), save_strategy="steps", save_steps=5, max_steps=8)
     t.train()
-    t, ours = run(max_steps=8)
+    (tmp_path / "checkpoint-5" / "iada_report-0.pt").unlink()
+    ours = watched(tmp_path)
+    t = trainer(tmp_path, ours, save_strategy="steps", save_steps=5, max_steps=8)
     t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
-    expected = {100 + i: label for i, label in labels_of_rows(dataset(32)).items()}
-    suspects = {s.id: s.label for s in ours.report.suspects()}
-    assert suspects.items() <= expected.items() and len(suspects) == 24  # three steps of eight
+    assert ours.report._merged().first_step == 5 and len(ours.report.suspects()) == 24
+    other = start()[3]
+    with pytest.raises(ValueError, match="of other classes, characteristics or epochs"):
+        other.load_state_dict(ours.report.state_dict())
 
 
 def test_a_streamed_training_set_has_no_rows(tmp_path):
