@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-import logging
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +19,12 @@ from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_f
 from .checks import CUDA_GRAPH_MODES, REENTRANT
 from .config import IADAConfig
 from .data.meta import labels_of
-from .distributed import rank, world_size
 from .engine import MetaIADA
-from .sample_ids import SAMPLE_IDS, number_samples
+from .sample_ids import SAMPLE_IDS
+from .trainer_report import TrainerReport, write_report
 
 if TYPE_CHECKING:
     from .report import Report
-
-logger = logging.getLogger(__name__)
 
 
 class MetaIADACallback(TrainerCallback):
@@ -89,16 +84,11 @@ class MetaIADACallback(TrainerCallback):
         self.resume_from = resume_from
         self.report_dir, self.report_options = report_dir, dict(report_options or {})
         if report_dir is not None:
-            from .report import Report  # needs Matplotlib, which is better missed now than after training
-
-            known = [n for n in inspect.signature(Report).parameters if n != "iada"]
-            if unknown := sorted(set(self.report_options) - set(known)):
-                raise TypeError(f"report_options {', '.join(unknown)}: a Report has the options {', '.join(known)}.")
+            TrainerReport.check(self.report_options)
         self.engine: MetaIADA | None = None
         self.report: Report | None = None
-        self._evaluation: list[tuple[Tensor, Tensor]] = []
-        self._undo: list[Callable[[], None]] = []
-        self._ids: Tensor | None = None
+        self._watch: TrainerReport | None = None
+        self._model_hook: Any = None
         self._staged: int | None = None
 
     # ---------------------------------------------------------------------------------------------------- front doors
@@ -171,10 +161,10 @@ class MetaIADACallback(TrainerCallback):
         )
         if args.torch_compile:
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
-        hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
-        self._undo = [hook.remove]
+        self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         if self.report_dir is not None:
-            self._start_report(model, loader)
+            self._watch = TrainerReport(self.engine, model, loader, self.report_options)
+            self.report = self._watch.report
         if state.global_step > 0:
             try:
                 self._resume(args, state)
@@ -187,29 +177,6 @@ class MetaIADACallback(TrainerCallback):
                 os.replace(state_file(folder), folder / STATE_FILE)
             for stale in _folder(args).glob(".iada_state-*"):
                 stale.unlink(missing_ok=True)
-
-    def _start_report(self, model: nn.Module, loader: Any) -> None:
-        from .report import Report
-
-        assert self.engine is not None
-        names = getattr(getattr(model, "config", None), "id2label", None) or {}
-        options = {"class_names": [names[k] for k in sorted(names)] or None, **self.report_options}
-        self.report = Report(self.engine, **options)
-        if undo := number_samples(loader):
-            self._undo.append(undo)
-        else:
-            logger.info("the training set has no row numbers (it is streamed?): the report will name no suspects.")
-        # Before all other hooks on the model, whose forward pass does not know this argument.
-        hook = self.engine.model.register_forward_pre_hook(Hook(self._take_ids), with_kwargs=True, prepend=True)
-        self._undo.append(hook.remove)
-
-    def _take_ids(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook on the model: row numbers go to the report."""
-        if SAMPLE_IDS not in kwargs:
-            return None
-        if module.training and torch.is_grad_enabled() and self.engine is not None and not self.engine.capture.busy:
-            self._ids = kwargs[SAMPLE_IDS]
-        return args, {k: v for k, v in kwargs.items() if k != SAMPLE_IDS}
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
@@ -235,11 +202,8 @@ class MetaIADACallback(TrainerCallback):
                 " iada_plugin.last_complete_checkpoint(output_dir), name the folder with"
                 " MetaIADACallback(resume_from=...), or start the method anew with resume_from='fresh'."
             ) from error
-        seen = Path(folder) / f"iada_report-{rank()}.pt"
-        if self.report is not None and seen.is_file():
-            self.report.load_state_dict(torch.load(seen, weights_only=True))
-        elif self.report is not None:
-            logger.info("no %s: the report covers the run from step %d on.", seen, state.global_step)
+        if self._watch is not None:
+            self._watch.load(Path(folder), state.global_step)
 
     def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
         """Meta samples get the column filter and the collator of the training samples."""
@@ -273,9 +237,8 @@ class MetaIADACallback(TrainerCallback):
             return None
         labels = kwargs.get("labels")
         if not (module.training and torch.is_grad_enabled()):
-            if self.report is not None and not module.training and labels is not None and world_size() == 1:
-                logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[1]
-                self._evaluation.append((logits.detach().argmax(dim=-1), labels.detach()))
+            if self._watch is not None and not module.training and labels is not None:
+                self._watch.note_evaluation(outputs["logits"] if isinstance(outputs, Mapping) else outputs[1], labels)
             return None
         if labels is None:
             raise ValueError(_LOSS_OUTSIDE)
@@ -288,7 +251,7 @@ class MetaIADACallback(TrainerCallback):
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         logits = outputs["logits"] if is_mapping else outputs[1]
-        ids, self._ids = self._ids, None
+        ids = None if self._watch is None else self._watch.take_ids()
         loss = engine(logits, labels, kwargs.get("num_items_in_batch"), ids)
         if is_mapping:
             outputs["loss"] = loss
@@ -334,10 +297,8 @@ class MetaIADACallback(TrainerCallback):
         if self.engine is not None and args.should_save and folder.is_dir():
             os.replace(staged_file(_folder(args), state.global_step), folder / STATE_FILE)
         self._staged = None
-        if self.report is not None and folder.is_dir():
-            path = folder / f"iada_report-{rank()}.pt"
-            torch.save(self.report.state_dict(), path.with_suffix(".tmp"))  # nothing half-written under its name
-            os.replace(path.with_suffix(".tmp"), path)
+        if self._watch is not None and folder.is_dir():
+            self._watch.save(folder)
 
     def on_log(
         self,
@@ -364,22 +325,15 @@ class MetaIADACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Keep the predictions of the last evaluation in the warm-up and of the last one of all for the report."""
-        parts, self._evaluation = self._evaluation, []
-        if self.engine is None or self.report is None or not parts:
-            return
-        prefix = next((k.removesuffix("_loss") for k in metrics or {} if k.endswith("_loss")), "eval")
-        which = "warm-up" if self.engine.epsilon is None else "Meta-IADA"
-        name = which if prefix == "eval" else f"{which}, {prefix.removeprefix('eval_')}"
-        predictions, labels = (torch.cat([t.flatten() for t in column]) for column in zip(*parts, strict=True))
-        if labels.is_floating_point() or predictions.shape != labels.shape:
-            return
-        self.report.add_evaluation(name, predictions, labels)
+        if self._watch is not None:
+            self._watch.end_evaluation(metrics or {})
 
     def on_predict(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
     ) -> None:
         """Predictions in between are no evaluation."""
-        self._evaluation = []
+        if self._watch is not None:
+            self._watch.forget_evaluation()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -388,24 +342,17 @@ class MetaIADACallback(TrainerCallback):
         self.uninstall()
         if args.should_save:
             staged_file(_folder(args), state.global_step).unlink(missing_ok=True)
-        if self.report is None or self.report_dir is None:
-            return
-        if self.report.empty:
-            warnings.warn(f"no report in {self.report_dir}: no step was trained after the warm-up.")
-            return
-        try:
-            path = self.report.write(self.report_dir)
-        except Exception as error:  # what comes after train() must not be lost for a picture
-            warnings.warn(f"the report could not be written ({type(error).__name__}: {error}): train() is over and complete;"
-                          " callback.report.write(folder) tries again.")  # fmt: skip
-        else:
-            logger.info("wrote the report %s", path)
+        if self.report is not None and self.report_dir is not None:
+            write_report(self.report, self.report_dir)
 
     def uninstall(self) -> None:
         """Remove every hook and restore the classifier, after an interrupted ``train()`` for instance."""
-        for undo in self._undo:
-            undo()
-        self._undo, self._evaluation, self._ids = [], [], None
+        if self._model_hook is not None:
+            self._model_hook.remove()
+            self._model_hook = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         if self.engine is not None:
             self.engine.close()
             self.engine = None

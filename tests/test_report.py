@@ -19,10 +19,11 @@ from test_callback import arguments, dataset, distilbert, trainer
 from transformers import Trainer, TrainerCallback
 
 from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback, Report, figures, metrics
+from iada_plugin.analysis import eigenvalues, explain
 from iada_plugin.covariance import LowRank
 from iada_plugin.perturbation import PerturbationNetwork
-from iada_plugin.recorder import Curve, Recorder, Reservoir
-from iada_plugin.report import _eigenvalues, explain
+from iada_plugin.recorder import Recorder
+from iada_plugin.streams import Curve, Reservoir
 
 N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
 
@@ -224,9 +225,9 @@ def test_spectra():
     diagonal = torch.rand(2, 5)
     full = torch.diag_embed(diagonal) + factor @ factor.mT
     expected = np.linalg.eigvalsh(full[1].numpy())[::-1]
-    assert np.allclose(_eigenvalues(full, 1), expected, atol=1e-5)
-    assert np.allclose(_eigenvalues(LowRank(diagonal, factor), 1), expected, atol=1e-5)
-    assert np.allclose(_eigenvalues(diagonal, 1), np.sort(diagonal[1].numpy())[::-1])
+    assert np.allclose(eigenvalues(full, 1), expected, atol=1e-5)
+    assert np.allclose(eigenvalues(LowRank(diagonal, factor), 1), expected, atol=1e-5)
+    assert np.allclose(eigenvalues(diagonal, 1), np.sort(diagonal[1].numpy())[::-1])
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
