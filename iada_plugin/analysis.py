@@ -13,6 +13,8 @@ from .perturbation import PerturbationNetwork
 def eigenvalues(covariance: Covariance, c: int) -> np.ndarray:
     """Of class ``c``'s covariance, largest first: ``[H]``; ``covariance`` is of all classes, in any form."""
     row = take(covariance, torch.tensor([c], device=covariance[0].device))
+    if not all(bool(part.isfinite().all()) for part in (row if isinstance(row, LowRank) else (row,))):
+        return np.zeros(0)  # float32 ran over; what trains on it says so
     if isinstance(row, LowRank):
         matrix = torch.diag(row.diagonal[0]) + row.factor[0] @ row.factor[0].T
         values = torch.linalg.eigvalsh(matrix)

@@ -383,10 +383,15 @@ class MetaIADA:
             )
         if not self._closed and self.meta_batches.drawn and self.meta.skipped >= self.meta_batches.drawn:
             warnings.warn("every meta step of this run was left out (iada/skipped_steps): it learned no perturbation.")
-        if not self._closed:
-            for function in self.before_close:
-                function()
+        functions = () if self._closed else self.before_close
         self._closed = True
+        try:
+            for function in functions:
+                function()
+        finally:
+            self._remove()
+
+    def _remove(self) -> None:
         self.meta.passes.forget()
         self.capture.remove()
         self._step_hook.remove()

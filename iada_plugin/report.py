@@ -371,13 +371,12 @@ class _Kept(NamedTuple):
     @classmethod
     def of(cls, iada: MetaIADA) -> _Kept:
         head, config = iada.head, iada.config
-        seen = head.class_count.cpu().numpy()
-        present = np.argsort(-seen, kind="stable")[: int((seen > 0).sum())]
-        picked = (
-            present[np.unique(np.linspace(0, len(present) - 1, min(_SPECTRA, len(present))).round().astype(int))]
-            if len(present)
-            else []
-        )
+        seen, spectra = np.zeros(head.out_features), {}
+        if hasattr(head, "class_count"):  # not where another MetaIADA has taken this one's place
+            seen = head.class_count.cpu().numpy()
+            classes = np.argsort(-seen, kind="stable")[: int((seen > 0).sum())]
+            some = np.unique(np.linspace(0, len(classes) - 1, _SPECTRA).round().astype(int)) if len(classes) else []
+            spectra = {int(c): eigenvalues(head.class_covariance, int(c)) for c in classes[some]}
         names = [getattr(f, "__name__", repr(f)) for f in iada.statistics.characteristics]
         facts = {
             "Classifier": f"{iada.classifier_name} of {type(iada.model).__name__}, {head.in_features} features, {head.out_features} classes",
@@ -386,5 +385,5 @@ class _Kept(NamedTuple):
         }
         return cls(
             copy.deepcopy(iada.meta.perturbation).cpu(), names, config.epsilon_range, seen,
-            {int(c): eigenvalues(head.class_covariance, int(c)) for c in picked}, facts,
+            {c: values for c, values in spectra.items() if len(values)}, facts,
         )  # fmt: skip

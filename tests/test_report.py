@@ -509,6 +509,27 @@ def test_no_step_after_the_warm_up_is_said(tmp_path):
     assert not (tmp_path / "report").exists()
 
 
+def test_closing_goes_on_where_a_report_fails():
+    iada, model, optimizer, report = start()
+    train(iada, model, optimizer, epochs=4)
+    iada.before_close.append(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        iada.close()
+    assert type(model.fc) is torch.nn.Linear and not model._forward_hooks and len(report.suspects()) == N
+
+
+def test_another_engine_takes_the_place_of_the_first(tmp_path):
+    iada, model, optimizer, report = start()
+    train(iada, model, optimizer, epochs=4)
+    x, _, truth = problem()
+    with pytest.warns(UserWarning, match="an earlier MetaIADA"):
+        MetaIADA(
+            model, optimizer, meta_loader=[(x, truth)], steps_per_epoch=1, epochs=3, config=IADAConfig(warmup_epochs=1)
+        )
+    report.write(tmp_path)
+    assert (tmp_path / "samples.csv").is_file()
+
+
 def test_report_options_are_checked_at_once(tmp_path):
     with pytest.raises(TypeError, match=r"report_options colour: a Report has the options class_names, true_labels"):
         watched(tmp_path, report_options={"colour": 1})
