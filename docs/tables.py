@@ -53,6 +53,20 @@ def step_cost_gpu() -> str:
     return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
 
 
+def report_cost() -> str:
+    """benchmarks/step_cost.py, the settings with and without a report."""
+    result = json.loads((RESULTS / "report_cost_cpu.json").read_text())
+    lines = ["| | with a report, against without (quartiles) | time in the recorder |", "|---|---|---|"]
+    for row in result["rows"]:
+        if "report_overhead" in row:
+            middle, low, high = row["report_overhead"]
+            name = row["setting"].removesuffix(", report")
+            lines.append(
+                f"| {row['model']}, {name} | {middle:.3f} ({low:.3f} to {high:.3f}) | {100 * row['recorder_share']:.2f} % |"
+            )
+    return "\n".join([*lines, "", _made_by(result)])
+
+
 def soak() -> str:
     """benchmarks/soak.py."""
     lines = ["| | CPU, small DistilBERT | GPU, DistilBERT-base, bf16 |", "|---|---|---|"]
@@ -95,7 +109,7 @@ def suspects() -> str:
 
 BLOCKS = {
     ROOT / "docs" / "settings.md": [settings],
-    ROOT / "docs" / "cost.md": [step_cost, step_cost_gpu, logits_cost, approximations],
+    ROOT / "docs" / "cost.md": [step_cost, step_cost_gpu, logits_cost, report_cost, approximations],
     ROOT / "docs" / "long_runs.md": [soak],
     ROOT / "docs" / "report.md": [suspects],
 }

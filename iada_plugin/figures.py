@@ -12,6 +12,7 @@ from .metrics import auroc, precision_recall
 try:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise ImportError(
         'pictures need Matplotlib: pip install "iada-plugin[report]", or pip install matplotlib.'
@@ -86,7 +87,7 @@ def adversarial_share(by_class: Mapping[int, np.ndarray], names: Sequence[str], 
     total = np.stack([by_class[e].sum(axis=0) for e in epochs])
     ax.plot(shown, _shares(total), color="black", lw=2.5, label="all")
     ax.set(xlabel="epoch", ylabel="share with epsilon > 0", ylim=(-0.03, 1.03))
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
     return figure
 
@@ -120,8 +121,9 @@ def clean_and_wrong(
                 label=f"{name} ({len(own):,})",
             )
     axes[0, 0].set(xlabel="epoch", ylabel="share with epsilon > 0", ylim=(-0.03, 1.03))
-    axes[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 1].set(xlabel="epsilon, mean of the last epochs", ylabel="share of the samples")
+    axes[0, 1].xaxis.set_major_locator(MaxNLocator(4))
     for ax in axes.flat:
         ax.legend(fontsize=8, frameon=False)
     return figure
@@ -184,6 +186,7 @@ def epsilon_histograms(
             bar.set_facecolor(ADVERSARIAL if left + 1e-6 >= 0 else LETTING_GO)
         ax.set_title(f"{_short([names[c]])[0]} ({counts[c]:,})", fontsize=9)
         ax.set_yticks([])
+        ax.xaxis.set_major_locator(MaxNLocator(4))
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     figure.supxlabel("epsilon", fontsize=9)
@@ -330,7 +333,7 @@ def step_seconds(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> Figure
             ax.errorbar(x, median, [median - low, high - median], color=color, marker="o", ms=3, capsize=2, label=name)
     ax.set(xlabel="epoch", ylabel="milliseconds a step")
     ax.set_ylim(bottom=0)
-    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=8, frameon=False)
     return figure
 

@@ -103,8 +103,9 @@ class Recorder:
 
     def add(self, labels: Tensor, logits: Tensor, f: Tensor, loss: Tensor, epsilon: Tensor, ids: Tensor | None) -> None:
         """A training batch: labels, loss and epsilon ``[N]``, logits ``[N, C]``, characteristics ``[N, K]``, ids ``[N]``."""
-        columns = [labels, logits.detach().argmax(dim=1), epsilon.detach(), loss, f]
-        self._waiting.append(columns if ids is None else [*columns, ids])
+        # The user may write the next batch into the same labels and ids.
+        columns = [labels.clone(), logits.detach().argmax(dim=1), epsilon.detach(), loss, f]
+        self._waiting.append(columns if ids is None else [*columns, ids.clone()])
 
     def add_meta_loss(self, loss: Tensor, fine: Tensor) -> None:
         """One meta step's loss ``[]``, and whether it was finite ``[]``."""

@@ -154,6 +154,20 @@ def test_a_value_that_is_not_finite_is_not_kept():
     assert recorder.samples()["id"].tolist() == [1] and recorder.by_class[0][:, 0].tolist() == [0, 1, 0]
 
 
+def test_buffers_that_are_used_again():
+    """Loaders and captured graphs that write each batch into the same tensors."""
+    iada, model, optimizer, report = start()
+    x, y, _ = problem()
+    data, target, ids = x[:BATCH].clone(), y[:BATCH].clone(), torch.arange(BATCH)
+    for _ in range(4):
+        for rows in torch.arange(N).split(BATCH):
+            data.copy_(x[rows]), target.copy_(y[rows]), ids.copy_(rows)
+            optimizer.zero_grad()
+            iada(model(data), target, ids=ids).backward()
+            optimizer.step()
+    assert {s.id: s.label for s in report.suspects()} == dict(enumerate(y.tolist()))
+
+
 def test_the_reservoir_is_uniform():
     kept = np.zeros(50)
     for seed in range(400):
