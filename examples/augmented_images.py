@@ -109,9 +109,7 @@ def main() -> None:
     columns = {"original": test.x[rows], "from h": decode(decoder, adversarial.features)}
     for name, found in (("adversarial", adversarial), ("anti-adversarial", letting_go)):
         columns[f"{name}:\nh + delta"] = decode(decoder, found.perturbed)
-        columns["its nearest\ntraining image" + " " * (name != "adversarial")] = train.x[
-            nearest(found.perturbed, bank)[:, 0]
-        ]
+        columns[f"{name}:\nnearest train image"] = train.x[nearest(found.perturbed, bank)[:, 0]]
         columns[f"{name}:\nwith noise"] = decode(decoder, found.draws[:, 0])
     moved = {
         name: iada.head(found.perturbed).argmax(1).tolist() for name, found in (("+1", adversarial), ("-1", letting_go))

@@ -162,15 +162,15 @@ class MetaIADACallback(TrainerCallback):
         if args.torch_compile:
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
-        if self.report_dir is not None:
-            self._watch = TrainerReport(self.engine, model, loader, self.report_options)
-            self.report = self._watch.report
-        if state.global_step > 0:
-            try:
+        try:
+            if self.report_dir is not None:
+                self._watch = TrainerReport(self.engine, model, loader, self.report_options)
+                self.report = self._watch.report
+            if state.global_step > 0:
                 self._resume(args, state)
-            except Exception:
-                self.uninstall()
-                raise
+        except Exception:
+            self.uninstall()
+            raise
         if args.should_save:  # what an earlier run that was killed has left
             folder = _folder(args) / f"checkpoint-{state.global_step}"
             if folder.is_dir() and state_file(folder).is_file():  # still staged
@@ -237,8 +237,8 @@ class MetaIADACallback(TrainerCallback):
             return None
         labels = kwargs.get("labels")
         if not (module.training and torch.is_grad_enabled()):
-            if self._watch is not None and not module.training and labels is not None:
-                self._watch.note_evaluation(outputs["logits"] if isinstance(outputs, Mapping) else outputs[1], labels)
+            if self._watch is not None and not module.training:
+                self._watch.note_pass(outputs, labels)
             return None
         if labels is None:
             raise ValueError(_LOSS_OUTSIDE)
@@ -251,7 +251,7 @@ class MetaIADACallback(TrainerCallback):
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         logits = outputs["logits"] if is_mapping else outputs[1]
-        ids = None if self._watch is None else self._watch.take_ids()
+        ids = None if self._watch is None else self._watch.take_ids(len(labels))
         loss = engine(logits, labels, kwargs.get("num_items_in_batch"), ids)
         if is_mapping:
             outputs["loss"] = loss
@@ -315,6 +315,20 @@ class MetaIADACallback(TrainerCallback):
         logs.update(metrics)
         if state.log_history:
             state.log_history[-1].update(metrics)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an evaluation that was broken off has left is of no use."""
+        if self._watch is not None:
+            self._watch.forget_evaluation()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take note of an evaluation's batch for the report."""
+        if self._watch is not None:
+            self._watch.end_prediction_step()
 
     def on_evaluate(
         self,

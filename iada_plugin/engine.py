@@ -72,6 +72,7 @@ class MetaIADA:
         step: optimizer steps so far.
         trained: whether a backward pass went through a loss of this criterion.
         recorder: takes note of what is trained, for a :class:`iada_plugin.Report`.
+        before_close: functions that :meth:`close` calls first, while the classifier still has its statistics.
 
     Raises:
         ValueError, TypeError: whatever is found wrong before training starts.

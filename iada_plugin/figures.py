@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,13 +11,12 @@ import numpy as np
 from .metrics import auroc, precision_recall
 
 try:
+    import matplotlib.style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
-except ImportError as error:
-    raise ImportError(
-        'pictures need Matplotlib: pip install "iada-plugin[report]", or pip install matplotlib.'
-    ) from error
+except ImportError:
+    matplotlib = None  # type: ignore[assignment]
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 ADVERSARIAL, LETTING_GO, OTHER, DARK = "#D55E00", "#0072B2", "#999999", "#333333"
@@ -25,12 +25,31 @@ _CYCLE = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#B8
 _MANY = 12
 
 
+def require_matplotlib() -> None:
+    """Raises:
+    ImportError: it is not installed.
+    """
+    if matplotlib is None:
+        raise ImportError('pictures need Matplotlib: pip install "iada-plugin[report]", or pip install matplotlib.')
+
+
+def own_style() -> Any:
+    """A block in which the user's style (a dark one, LaTeX) does not get into the figures."""
+    return matplotlib.style.context("default")
+
+
+def _new(width: float, height: float) -> Figure:
+    # Not by pyplot, whose figures are the user's.
+    require_matplotlib()
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def _figure(
     width: float = 7.0, height: float = 3.6, rows: int = 1, columns: int = 1, **options: Any
 ) -> tuple[Figure, Any]:
-    # Not by pyplot, whose figures and settings are the user's.
-    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new(width, height)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
@@ -40,7 +59,12 @@ def _figure(
 
 
 def _short(names: Sequence[str], length: int = 18) -> list[str]:
-    return [n if len(n) <= length else n[: length - 1] + "…" for n in names]
+    return [_plain(n if len(n) <= length else n[: length - 1] + "…") for n in names]
+
+
+def _plain(text: str) -> str:
+    """Without Matplotlib's own mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _shares(counts: np.ndarray) -> np.ndarray:
@@ -69,6 +93,7 @@ def adversarial_share(by_class: Mapping[int, np.ndarray], names: Sequence[str], 
             shares[:, order].T, aspect="auto", vmin=0, vmax=1, cmap="RdBu_r", extent=edges, interpolation="nearest"
         )
         ax.set(xlabel="epoch", ylabel="class, most frequent first")
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(False)
         figure.colorbar(image, label="share with epsilon > 0")
         return figure
@@ -203,8 +228,7 @@ def drivers(names: Sequence[str], signed: np.ndarray, curves: Mapping[int, tuple
     """
     strength = np.abs(signed).mean(axis=0)
     order = np.argsort(strength)
-    figure = Figure(figsize=(10, 4.4), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _new(10, 4.4)
     left, right = figure.subfigures(1, 2, width_ratios=(1, 1.5))
     ax = left.subplots()
     ax.barh(np.arange(len(order)), strength[order], color=DARK)
@@ -235,7 +259,7 @@ def spectra(eigenvalues: Mapping[int, np.ndarray], names: Sequence[str], counts:
     figure, axes = _figure()
     ax = axes[0, 0]
     for i, (c, values) in enumerate(eigenvalues.items()):
-        positive = values[values > 1e-8 * max(values.max(), 1e-30)]
+        positive = values[values > 1e-6 * max(values.max(), 1e-30)]  # the rest is rounding
         ax.plot(np.arange(1, len(positive) + 1), positive, color=_CYCLE[i % len(_CYCLE)], ls="-" if i < len(_CYCLE) else "--",
                 label=f"{_short([names[c]])[0]} ({int(counts[c]):,})")  # fmt: skip
     ax.set(xlabel="direction", ylabel="variance", xscale="log", yscale="log")
@@ -251,13 +275,17 @@ def confusions(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figu
         names: of the classes.
     """
     size = min(1.2 + 0.36 * len(names), 6.0)
-    figure, axes = _figure((size + 0.9) * len(matrices) + 0.8, size + 1.5, columns=len(matrices))
+    columns = min(len(matrices), 3)
+    rows = -(-len(matrices) // columns)
+    figure, axes = _figure((size + 0.9) * columns + 0.8, (size + 1.5) * rows, rows, columns)
+    for ax in axes.flat[len(matrices) :]:
+        ax.set_visible(False)
     few = len(names) <= _MANY
-    for ax, (title, matrix) in zip(axes.flat, matrices.items(), strict=True):
+    for ax, (title, matrix) in zip(axes.flat, matrices.items(), strict=False):
         shares = matrix / matrix.sum(axis=1, keepdims=True).clip(min=1)
         image = ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         accuracy = matrix.trace() / max(matrix.sum(), 1)
-        ax.set_title(f"{title}\naccuracy {100 * accuracy:.1f} %", fontsize=9)
+        ax.set_title(f"{_short([title], 30)[0]}\naccuracy {100 * accuracy:.1f} %", fontsize=9)
         ax.grid(False)
         ax.set_xlabel("predicted", fontsize=8)
         if few:
@@ -281,13 +309,15 @@ def accuracies(values: Mapping[str, np.ndarray], names: Sequence[str], sizes: np
     """
     figure, axes = _figure(max(6.0, min(0.28 * len(names) * len(values) + 2, 14)), 3.8)
     ax = axes[0, 0]
+    colors = itertools.cycle((OTHER, ADVERSARIAL, *_CYCLE))
+    values = {_short([name], 30)[0]: accuracy for name, accuracy in values.items()}
     if len(names) > 60:
-        for (name, accuracy), color in zip(values.items(), (OTHER, ADVERSARIAL, *_CYCLE), strict=False):
+        for (name, accuracy), color in zip(values.items(), colors, strict=False):
             ax.plot(np.arange(len(names)), np.sort(100 * accuracy), color=color, label=name)
         ax.set(xlabel=f"the {len(names)} of them, each model's worst first", ylabel="accuracy, %")
     else:
         width = 0.8 / len(values)
-        for i, ((name, accuracy), color) in enumerate(zip(values.items(), (OTHER, ADVERSARIAL, *_CYCLE), strict=False)):
+        for i, ((name, accuracy), color) in enumerate(zip(values.items(), colors, strict=False)):
             place = np.arange(len(names)) + (i - (len(values) - 1) / 2) * width
             ax.bar(place, 100 * accuracy, width, color=color, label=f"{name} (worst {100 * np.nanmin(accuracy):.1f})")
         labels = (
@@ -296,7 +326,7 @@ def accuracies(values: Mapping[str, np.ndarray], names: Sequence[str], sizes: np
         ax.set_xticks(range(len(names)), labels, rotation=45, ha="right", fontsize=8)
         ax.set(ylabel="accuracy, %", ylim=(0, 100))
         ax.grid(axis="x", visible=False)
-    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=3)
+    figure.legend(fontsize=8, frameon=False, loc="outside upper center", ncols=2)
     return figure
 
 
@@ -346,8 +376,9 @@ def images(pictures: Sequence[Any], titles: Sequence[str], columns: int = 8) -> 
     for ax in axes.flat:
         ax.axis("off")
     for ax, picture, title in zip(axes.flat, pictures, titles, strict=False):
-        ax.imshow(as_image(picture), cmap="gray", interpolation="nearest")
-        ax.set_title(title, fontsize=7)
+        if picture is not None:
+            ax.imshow(as_image(picture), cmap="gray", interpolation="nearest")
+        ax.set_title(_plain(title), fontsize=7)
     return figure
 
 
@@ -357,7 +388,9 @@ def as_image(picture: Any) -> np.ndarray:
     Raises:
         ValueError: it has another shape.
     """
-    values = np.asarray(picture.detach().cpu() if hasattr(picture, "detach") else picture, dtype=float)
+    if hasattr(picture, "convert"):  # PIL: palettes and transparency
+        picture = picture.convert("L" if picture.mode in ("1", "L", "I", "F") else "RGB")
+    values = np.asarray(picture.detach().cpu().float() if hasattr(picture, "detach") else picture, dtype=float)
     if values.ndim == 3 and values.shape[0] in (1, 2, 3) and values.shape[2] not in (1, 2, 3):
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:

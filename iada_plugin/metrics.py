@@ -174,5 +174,8 @@ def precision_recall(scores: Any, positive: Any) -> tuple[np.ndarray, np.ndarray
     scores, positive = np.asarray(scores, dtype=float), np.asarray(positive, dtype=bool)
     order = np.argsort(-scores, kind="stable")
     hits = positive[order].cumsum()
-    last = np.append(np.flatnonzero(np.diff(scores[order])), len(order) - 1)  # of each run of equal scores
+    ranked = scores[order]
+    last = np.flatnonzero(
+        np.append(ranked[1:] != ranked[:-1], np.ones(min(len(ranked), 1), bool))
+    )  # of each run of equal scores
     return hits[last] / (last + 1), hits[last] / max(int(positive.sum()), 1)

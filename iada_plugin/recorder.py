@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,21 @@ from .streams import Curve, Reservoir
 
 #: Batches wait on their device for so many optimizer steps before they are copied.
 _STEPS_WAITING = 64
+#: Ids are below this by default.
+MAX_ID = 2_000_000
 #: One value a sample, or one a sample and epoch.
 _RINGS = ("epsilon", "loss", "contradicted", "label", "predicted")
+_PLAIN = ("seconds", "first_step", "last_step", "with_ids", "_held", "_epoch", "_world_size")
 _KINDS = ("warm-up", "IADA loss", "meta step")
 
 
 class Recorder:
     """Follows the training batches after the warm-up.
 
-    Of every sample with an id: epsilon, loss and whether the model contradicted the label in each of the last ``epochs`` epochs, its label
-    and the last prediction
-    (about ``9 epochs + 8`` bytes a sample). Of a random part of all samples: the characteristics too. Of every epoch: how
-    many samples of each class were adversarial, and the time of a step. In several processes each follows its own batches, and
-    :meth:`merged` puts them together.
+    Of every sample with an id: epsilon, loss and whether the model contradicted the label in each of the last ``epochs`` epochs, its
+    label and the last prediction (``9 epochs + 8`` bytes a sample). Of a random part of all samples: the characteristics too. Of every
+    epoch: how many samples of each class were adversarial, and the time of a step. In several processes each follows its own
+    batches, and :meth:`merged` puts them together.
 
     Args:
         num_classes: C.
@@ -39,6 +40,7 @@ class Recorder:
         capacity: rows with characteristics, over these epochs.
         max_id: ids are below this.
         true_labels: ``[n]`` true label of the sample of each id, where it is known.
+        step: optimizer steps so far.
     """
 
     def __init__(
@@ -49,14 +51,16 @@ class Recorder:
         *,
         epochs: int = 5,
         capacity: int = 10_000,
-        max_id: int = 2_000_000,
+        max_id: int = MAX_ID,
         true_labels: Any = None,
+        step: int = 0,
     ) -> None:
         self.num_classes, self.steps_per_epoch, self.epochs, self.max_id = num_classes, steps_per_epoch, epochs, max_id
         self.true_labels = None if true_labels is None else np.asarray(true_labels).astype(np.int64)
         self._limit = max_id if true_labels is None else min(max_id, len(true_labels))
         self.with_ids: bool | None = None  # not known before the first batch
-        self._part = max(1, capacity // epochs)
+        self._capacity, self._part = capacity, max(1, capacity // epochs)
+        self._world_size = world_size()
         self._columns = 4 + num_characteristics
         self.reservoirs: dict[int, Reservoir] = {}
         #: Per epoch: ``[C, 3]`` samples, adversarial ones and sum of epsilon of each class; ``[2, 3]`` of right and wrong labels.
@@ -66,7 +70,7 @@ class Recorder:
         #: Per epoch and kind of step: first quartile, median and third quartile of its seconds.
         self.seconds: dict[int, dict[str, list[float]]] = {}
         self.first_step: int | None = None
-        self.last_step = 0
+        self.last_step = step
         self.epsilon, self.loss = (np.full((epochs, 0), np.nan, np.float32) for _ in range(2))
         self.contradicted = np.zeros((epochs, 0), bool)
         self.label, self.predicted = (np.zeros(0, np.int32) for _ in range(2))
@@ -74,7 +78,7 @@ class Recorder:
         self._waiting: list[list[Tensor]] = []
         self._losses: list[tuple[Tensor, Tensor]] = []
         self._steps = 0
-        self._epoch = 0
+        self._epoch = int(step // steps_per_epoch)  # of the batches to come
         self._times: dict[str, Reservoir] = {}
         self._clock: float | None = None
 
@@ -111,13 +115,15 @@ class Recorder:
         """One meta step's loss ``[]``, and whether it was finite ``[]``."""
         self._losses.append((loss, fine))
 
+    def forget_ids(self) -> None:
+        """Go on without ids, as if no batch had had any."""
+        self.with_ids, self.true_labels = False, None
+        self._waiting = [columns[:5] for columns in self._waiting]
+
     def end_step(self, step: int, kind: int) -> None:
         """Optimizer step ``step`` (from 0) is over: 0 one of the warm-up, 1 without a meta step, 2 with one."""
         now = time.perf_counter()
-        epoch = int(step // self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._close_times()
-            self._epoch = epoch
+        epoch, following = int(step // self.steps_per_epoch), int((step + 1) // self.steps_per_epoch)
         if self._clock is not None:
             name = _KINDS[kind]
             if name not in self._times:
@@ -128,9 +134,12 @@ class Recorder:
         self._steps += 1
         if kind and self.first_step is None:
             self.first_step = step
-        # An epoch's batches are counted under its number.
-        if self._steps >= _STEPS_WAITING or int((step + 1) // self.steps_per_epoch) != epoch:
+        self._epoch = epoch
+        if self._steps >= _STEPS_WAITING or following != epoch:
             self.drain()
+        if following != epoch:
+            self._note_times()
+            self._times, self._epoch = {}, following
 
     def drain(self) -> None:
         """Take in what waits on the device."""
@@ -149,6 +158,8 @@ class Recorder:
         )
         good = np.isfinite(epsilon) & np.isfinite(loss) & np.isfinite(f).all(axis=1)
         labels, predicted, epsilon, loss, f, *ids = (part[good] for part in (labels, predicted, epsilon, loss, f, *ids))
+        if not len(labels):
+            return
         _add_counts(self.by_class, self._epoch, labels, epsilon, self.num_classes)
         number = ids[0].astype(np.int64) if ids else np.full(len(labels), -1)
         if ids:
@@ -165,8 +176,6 @@ class Recorder:
     def _keep(
         self, ids: np.ndarray, labels: np.ndarray, predicted: np.ndarray, epsilon: np.ndarray, loss: np.ndarray
     ) -> None:
-        if not len(ids):
-            return
         _check_range(ids, self._limit)
         highest = int(ids.max())
         if highest >= self.label.size:
@@ -188,54 +197,67 @@ class Recorder:
             )
         self.label, self.predicted = (np.pad(t, (0, more), constant_values=-1) for t in (self.label, self.predicted))
 
-    def _close_times(self) -> None:
-        times, self._times = self._times, {}
-        if times:
-            self.seconds[self._epoch] = {k: np.quantile(r.rows, [0.25, 0.5, 0.75]).tolist() for k, r in times.items()}
+    def _note_times(self) -> None:
+        if self._times:
+            quartiles = {k: np.quantile(r.rows, [0.25, 0.5, 0.75]).tolist() for k, r in self._times.items()}
+            self.seconds[self._epoch] = quartiles
 
     # -------------------------------------------------------------------------------------------------- for the report
 
     def merged(self) -> Recorder:
-        """What all processes have seen, in each of them; has to be called in all."""
-        self.drain()
-        if self._times:
-            times = self._times
-            self._close_times()
-            self._times = times
+        """What all processes have seen, in each of them; has to be called in all.
+
+        Raises:
+            RuntimeError: there are not as many processes as in training.
+        """
+        if world_size() != self._world_size:
+            raise RuntimeError(
+                f"{self._world_size} processes have trained, of which {world_size()} can be asked what they have seen: call"
+                " suspects() and write() before dist.destroy_process_group()."
+            )
+        own = self.state_dict()
         if world_size() == 1:
             return self
-        own = {k: v for k, v in vars(self).items() if not k.startswith("_") or k == "_held"}
         parts: list[dict[str, Any]] = [{} for _ in range(world_size())]
         dist.all_gather_object(parts, own)
-        whole = Recorder(self.num_classes, self._columns - 4, self.steps_per_epoch, epochs=self.epochs,
-                         capacity=self._part * self.epochs, max_id=self.max_id, true_labels=self.true_labels)  # fmt: skip
-        vars(whole).update(parts[0])
-        for part in parts[1:]:
-            whole._join(part)
+        whole, *others = (self._copy_of(part) for part in parts)
+        for other in others:
+            whole._join(other)
         return whole
+
+    def _copy_of(self, state: dict[str, Any]) -> Recorder:
+        found = Recorder(self.num_classes, self._columns - 4, self.steps_per_epoch, epochs=self.epochs, capacity=self._capacity,
+                         max_id=self.max_id, true_labels=self.true_labels)  # fmt: skip
+        found.load_state_dict(state)
+        return found
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has seen, for a run that is resumed: tensors, numbers and lists, fit for ``torch.load``'s
-        ``weights_only``. The clock of the present epoch is not in it."""
+        ``weights_only``."""
         self.drain()
-        found = {name: torch.from_numpy(getattr(self, name).copy()) for name in _RINGS}
+        self._note_times()
+        found: dict[str, Any] = {name: torch.from_numpy(getattr(self, name).copy()) for name in _RINGS}
         for name in ("by_class", "by_truth"):
             found[name] = {k: torch.from_numpy(v.copy()) for k, v in getattr(self, name).items()}
         found["reservoirs"] = {k: (torch.from_numpy(r.rows.copy()), r.seen) for k, r in self.reservoirs.items()}
-        found["meta_loss"] = (list(self.meta_loss._points), list(self.meta_loss._open), self.meta_loss.width)
-        found |= {"seconds": copy.deepcopy(self.seconds), "held": dict(self._held), "first_step": self.first_step, "with_ids": self.with_ids}  # fmt: skip
+        found["meta_loss"] = self.meta_loss.state()
+        for name in _PLAIN:
+            found[name] = copy.deepcopy(getattr(self, name))
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict`.
 
         Raises:
-            ValueError: it is of other classes, characteristics or ``epochs``.
+            ValueError: it is of other classes, characteristics or ``epochs``, or of one of another number of processes.
         """
         rows = [r for r, _ in state["reservoirs"].values()]
         same = all(v.shape[0] == self.num_classes for v in state["by_class"].values())
-        if not same or any(r.shape[1] != self._columns for r in rows) or state["epsilon"].shape[0] != self.epochs:
-            raise ValueError("this state of a report is of other classes, characteristics or epochs than this one has.")
+        same &= all(r.shape[1] == self._columns for r in rows) and state["epsilon"].shape[0] == self.epochs
+        if not same or state["_world_size"] != self._world_size:
+            raise ValueError(
+                "this state of a report is of other classes, characteristics, epochs or processes than this one has."
+            )
         for name in _RINGS:
             setattr(self, name, state[name].numpy().copy())
         for name in ("by_class", "by_truth"):
@@ -243,34 +265,37 @@ class Recorder:
         for epoch, (kept, seen) in state["reservoirs"].items():
             self.reservoirs[epoch] = Reservoir(self._part, self._columns, seed=epoch)
             self.reservoirs[epoch].fill(kept.numpy(), seen)
-        self.meta_loss._points, self.meta_loss._open, self.meta_loss.width = (copy.copy(v) for v in state["meta_loss"])
-        self.seconds, self._held = copy.deepcopy(state["seconds"]), dict(state["held"])
-        self.first_step, self.with_ids = state["first_step"], state["with_ids"]
+        self.meta_loss = Curve.of(state["meta_loss"])
+        for name in _PLAIN:
+            setattr(self, name, copy.deepcopy(state[name]))
 
-    def _join(self, part: dict[str, Any]) -> None:
-        for own, other in ((self.by_class, part["by_class"]), (self.by_truth, part["by_truth"])):
-            for epoch, counts in other.items():
+    def _join(self, other: Recorder) -> None:
+        """Add what another process has seen."""
+        for own, theirs in ((self.by_class, other.by_class), (self.by_truth, other.by_truth)):
+            for epoch, counts in theirs.items():
                 own[epoch] = own[epoch] + counts if epoch in own else counts
-        for epoch, other in part["reservoirs"].items():
+        for epoch, part in other.reservoirs.items():
             if epoch not in self.reservoirs:
-                self.reservoirs[epoch] = other
+                self.reservoirs[epoch] = part
                 continue
             # As many rows of each as it has seen a share of all.
-            mine = self.reservoirs[epoch]
-            seen = mine.seen + other.seen
-            rows = [_share(r, min(self._part, seen), seen) for r in (mine, other)]
-            mine._kept, mine.seen = np.concatenate(rows), seen
-        self._grow(max(self.label.size, part["label"].size))
-        known = np.flatnonzero(part["label"] >= 0)
-        self.label[known], self.predicted[known] = part["label"][known], part["predicted"][known]
-        for row, epoch in part["_held"].items():
-            if epoch >= self._held.get(row, -1):
-                if epoch != self._held.get(row):
-                    self._held[row] = epoch
-                    self.epsilon[row], self.loss[row] = np.nan, np.nan
-                seen = np.flatnonzero(~np.isnan(part["epsilon"][row]))
+            seen = self.reservoirs[epoch].seen + part.seen
+            rows = [_share(r, min(self._part, seen), seen) for r in (self.reservoirs[epoch], part)]
+            self.reservoirs[epoch] = Reservoir(self._part, self._columns, seed=epoch)
+            self.reservoirs[epoch].fill(np.concatenate(rows), seen)
+        size = max(self.label.size, other.label.size)
+        self._grow(size)
+        other._grow(size)
+        known = other.label >= 0
+        self.label[known], self.predicted[known] = other.label[known], other.predicted[known]
+        for row, epoch in other._held.items():
+            if epoch > self._held.get(row, -1):
+                self._held[row] = epoch
+                self.epsilon[row], self.loss[row] = np.nan, np.nan
+            if epoch == self._held[row]:
+                seen = ~np.isnan(other.epsilon[row])
                 for name in ("epsilon", "loss", "contradicted"):
-                    getattr(self, name)[row, seen] = part[name][row, seen]
+                    getattr(self, name)[row, seen] = getattr(other, name)[row, seen]
 
     def rows(self) -> dict[str, np.ndarray]:
         """A random part of the samples of the last epochs: id (-1 where not known), label, epsilon and loss ``[R]``, and the
@@ -306,8 +331,7 @@ class Recorder:
 
 
 def _add_counts(into: dict[int, np.ndarray], epoch: int, group: np.ndarray, epsilon: np.ndarray, groups: int) -> None:
-    weights: Iterator[np.ndarray | None] = iter((None, epsilon > 0, epsilon))
-    counts = np.stack([np.bincount(group, weights=w, minlength=groups) for w in weights], axis=1)
+    counts = np.stack([np.bincount(group, w, groups) for w in (None, epsilon > 0, epsilon)], axis=1)
     into[epoch] = into[epoch] + counts if epoch in into else counts
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import csv
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,11 +19,13 @@ from .analysis import eigenvalues, explain
 from .distributed import rank
 from .engine import MetaIADA
 from .perturbation import PerturbationNetwork
-from .recorder import Recorder
-from .report_page import Page, content_of
+from .recorder import MAX_ID, Recorder
+from .report_page import FILE, Page, content_of
 
 #: Rows of the list of suspects in the HTML page; the CSV has all of them.
 _SHOWN = 48
+#: Of samples.csv, where they are known.
+_COLUMNS = ("id", "label", "predicted", "true_label", "suspicion", "contradicted", "epsilon", "loss", "epochs")
 #: Classes whose covariance spectrum is drawn.
 _SPECTRA = 10
 
@@ -69,17 +72,18 @@ class Report:
 
     Args:
         iada: the criterion. Pass it ``ids=`` with each batch, or there are histograms but no list of suspects.
-        class_names: ``[C]``.
+        class_names: ``[C]``, or a dict of class to name.
         true_labels: ``[n]`` true label of each row of the training set where it is known (simulated noise, or a corrected set):
             adds what is known about right and wrong labels.
-        samples: ``samples[id]`` is an image, a text, or a row with one, to show suspects.
+        samples: ``samples[id]``, or ``samples(id)`` of a function, is an image, a text, or a row with one, to show suspects.
         epochs: samples are followed over this many of the last epochs.
         capacity: samples kept with their characteristics.
         max_id: ids are below this; about ``9 epochs + 8`` bytes for each.
 
     Raises:
         ImportError: Matplotlib is not installed.
-        ValueError: lengths that do not fit the classifier.
+        RuntimeError: ``iada`` is closed.
+        ValueError: lengths that do not fit the classifier, or samples that cannot be shown.
 
     Example:
         >>> from torch import nn
@@ -100,29 +104,39 @@ class Report:
         self,
         iada: MetaIADA,
         *,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
         true_labels: Any = None,
         samples: Any = None,
         epochs: int = 5,
         capacity: int = 10_000,
-        max_id: int = 2_000_000,
+        max_id: int = MAX_ID,
     ) -> None:
+        figures.require_matplotlib()
         num_classes = iada.head.out_features
+        if not hasattr(iada.head, "class_count"):
+            raise RuntimeError("this MetaIADA was closed: make the Report after MetaIADA and before training.")
+        if iada.recorder is not None:
+            warnings.warn("this MetaIADA had a Report already: that one stops here, and the new one begins.")
+        if isinstance(class_names, Mapping):
+            class_names = [class_names[k] for k in sorted(class_names, key=int)]
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names; the classifier has {num_classes} classes.")
         for name, value in (("epochs", epochs), ("capacity", capacity), ("max_id", max_id)):
-            if value < 1 or value != int(value):
+            if not isinstance(value, (int, float)) or value < 1 or value != int(value):
                 raise ValueError(f"{name}={value!r} must be a whole number >= 1.")
         self.class_names = [str(n) for n in (range(num_classes) if class_names is None else class_names)]
         if samples is not None:
-            content_of(samples, 0)  # an error now rather than after training
+            content_of(
+                samples, next(iter(samples), 0) if isinstance(samples, Mapping) else 0
+            )  # an error now, not later
         self.samples = samples
         self.evaluations: dict[str, Evaluation] = {}
         self._recorder = Recorder(
             num_classes, len(iada.statistics.characteristics), iada.steps_per_epoch, epochs=int(epochs), capacity=int(capacity),
-            max_id=int(max_id), true_labels=None if true_labels is None else metrics.as_integers(true_labels, "true_labels"),
+            max_id=int(max_id), step=iada.step,
+            true_labels=None if true_labels is None else metrics.as_integers(true_labels, "true_labels"),
         )  # fmt: skip
-        self._iada = iada
+        self._iada: MetaIADA | None = iada
         self._kept: _Kept | None = None
         self._last: Recorder | None = None  # of all processes, once there is nothing more to come
         iada.recorder = self._recorder
@@ -156,17 +170,19 @@ class Report:
         members: dict[str, np.ndarray] = {}
         if groups is not None:
             values = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
-            if len(values) != len(labels):
-                raise ValueError(f"evaluation {name!r}: groups of {len(values)} rows for {len(labels)} labels.")
-            matrix = (
-                metrics.group_memberships(values, int(values.max()) + 1) if values.ndim == 1 else values.astype(bool)
-            )
+            if values.ndim == 1:
+                indices = metrics.as_integers(values, "groups")
+                if indices.size and indices.min() < 0:
+                    raise ValueError(f"evaluation {name!r}: group {indices.min()} is negative.")
+                values = metrics.group_memberships(indices, int(indices.max(initial=0)) + 1)
+            if values.ndim != 2 or len(values) != len(labels):
+                raise ValueError(f"evaluation {name!r}: groups {list(values.shape)} for {len(labels)} labels.")
             names = (
-                [f"group {g}" for g in range(matrix.shape[1])] if group_names is None else list(map(str, group_names))
+                [f"group {g}" for g in range(values.shape[1])] if group_names is None else [str(n) for n in group_names]
             )
-            if len(names) != matrix.shape[1]:
-                raise ValueError(f"evaluation {name!r}: {len(names)} group_names for {matrix.shape[1]} groups.")
-            members = dict(zip(names, matrix.T, strict=True))
+            if len(set(names)) != values.shape[1]:
+                raise ValueError(f"evaluation {name!r}: {len(set(names))} group_names for {values.shape[1]} groups.")
+            members = dict(zip(names, values.astype(bool).T, strict=True))
         self.evaluations[name] = Evaluation(predictions, labels, members)
 
     def suspects(self, n: int | None = None) -> list[Suspect]:
@@ -201,7 +217,7 @@ class Report:
                 " numbers of the batch in the training set."
             )
         table = recorder.samples()
-        low, high = self._iada.config.epsilon_range
+        low, high = self._now().limits
         table["suspicion"] = 0.5 * ((high - table["epsilon"]) / (high - low) + table["contradicted"])
         order = np.lexsort((-table["loss"], -table["suspicion"]))
         return {k: v[order] for k, v in table.items()}
@@ -213,10 +229,21 @@ class Report:
             self._last = self._recorder.merged()
         return self._last
 
+    def _now(self) -> _Kept:
+        if self._kept is not None:
+            return self._kept
+        assert self._iada is not None
+        return _Kept.of(self._iada)
+
     def _keep(self) -> None:
-        """The engine is being closed: keep what its classifier will forget."""
+        """The engine is being closed: keep what its classifier will forget, and let go of the rest."""
+        assert self._iada is not None
         self._recorder.drain()
-        self._kept = _Kept.of(self._iada)
+        self._kept, self._iada = _Kept.of(self._iada), None
+
+    def forget_ids(self) -> None:
+        """Go on without sample ids, of which something was wrong: there will be no suspects."""
+        self._recorder.forget_ids()
 
     def state_dict(self) -> dict[str, Any]:
         """What this process has seen so far, for a run that is resumed; evaluations are not in it."""
@@ -226,7 +253,7 @@ class Report:
         """Go on from :meth:`state_dict`, in the same process of as many.
 
         Raises:
-            ValueError: it is of another classifier, or other ``epochs``.
+            ValueError: it is of another classifier, of other ``epochs``, or of another number of processes.
         """
         self._recorder.load_state_dict(state)
 
@@ -241,11 +268,16 @@ class Report:
         Raises:
             RuntimeError: nothing was trained after the warm-up.
         """
-        now, folder = self._kept or _Kept.of(self._iada), Path(folder)
-        recorder, limits = self._merged(), now.limits
+        recorder, folder = self._merged(), Path(folder)
         if not recorder.by_class:
             self._table(recorder)  # says so
-        page = Page(folder, rank() == 0)
+        if rank() == 0:
+            with figures.own_style():
+                self._write(recorder, self._now(), folder)
+        return folder / FILE
+
+    def _write(self, recorder: Recorder, now: _Kept, folder: Path) -> None:
+        page, limits = Page(folder), now.limits
         names, counts = self.class_names, now.counts
         rows = recorder.rows()
         table = self._table(recorder) if recorder.with_ids else None
@@ -287,11 +319,11 @@ class Report:
         if recorder.seconds:
             page.section("step_time", figures.step_seconds(recorder.seconds))
         self._write_csv(page, rows if table is None else table)
-        return page.finish()
+        page.finish()
 
     def _write_suspects(self, page: Page, table: dict[str, np.ndarray]) -> None:
         shown = {k: v[:_SHOWN].tolist() for k, v in table.items()}
-        contents = [] if self.samples is None else [content_of(self.samples, i) for i in shown["id"]]
+        contents = [] if self.samples is None else [_content_or_none(self.samples, i) for i in shown["id"]]
         name = self.class_names
         cells = {
             "id": shown["id"],
@@ -303,26 +335,30 @@ class Report:
             "epsilon": [f"{e:+.3f}" for e in shown["epsilon"]],
             "loss": [f"{v:.2f}" for v in shown["loss"]],
         }
-        if contents and all(isinstance(c, str) for c in contents):
-            cells["sample"] = [c if len(c) <= 200 else c[:199] + "…" for c in contents]
-            contents = []
-        if contents:
-            titles = [
-                f"{i}\n{a}\n→ {b}" for i, a, b in zip(cells["id"], cells["label"], cells["predicted"], strict=True)
-            ]
-            page.section("suspects", figures.images(contents, titles), cells)
-        else:
-            page.section("suspects", None, cells)
+        texts = [c if isinstance(c, str) else "" for c in contents]
+        if any(texts):
+            cells["sample"] = [c if len(c) <= 200 else c[:199] + "…" for c in texts]
+        pictures = [None if isinstance(c, str) else c for c in contents]
+        figure = None
+        if any(p is not None for p in pictures):
+            lines = zip(cells["id"], cells["label"], cells["predicted"], strict=True)
+            figure = figures.images(pictures, [f"{i}\n{a}\n→ {b}" for i, a, b in lines])
+        page.section("suspects", figure, cells)
 
     def _write_evaluations(self, page: Page) -> None:
-        found = {}
-        for key, e in self.evaluations.items():
-            found[key] = metrics.confusion_matrix(e.predictions, e.labels, len(self.class_names))
-        if not found:
+        num_classes = len(self.class_names)
+        if not self.evaluations:
             return
-        if len(self.class_names) <= 200:
+        if num_classes <= 200:
+            found = {
+                k: metrics.confusion_matrix(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
+            }
             page.section("confusion", figures.confusions(found, self.class_names))
-        values = {k: m.diagonal() / np.where(m.sum(axis=1) > 0, m.sum(axis=1), np.nan) for k, m in found.items()}
+        values = {}
+        for key, e in self.evaluations.items():
+            rows = np.bincount(e.labels, minlength=num_classes)
+            right = np.bincount(e.labels, e.predictions == e.labels, num_classes)
+            values[key] = np.divide(right, rows, out=np.full(num_classes, np.nan), where=rows > 0)
         page.section("class_accuracy", figures.accuracies(values, self.class_names))
         grouped = {k: e for k, e in self.evaluations.items() if e.groups}
         names = list(next(iter(grouped.values())).groups) if grouped else []
@@ -336,26 +372,20 @@ class Report:
             page.section("group_accuracy", figures.accuracies(values, names, sizes))
 
     def _write_csv(self, page: Page, table: dict[str, np.ndarray]) -> None:
-        columns = [
-            k
-            for k in (
-                "id",
-                "label",
-                "predicted",
-                "true_label",
-                "suspicion",
-                "contradicted",
-                "epsilon",
-                "loss",
-                "epochs",
-            )
-            if k in table
-        ]
+        columns = [k for k in _COLUMNS if k in table]
         buffer = io.StringIO()
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*(np.round(table[k], 6).tolist() for k in columns), strict=True))
         page.file("samples.csv", buffer.getvalue().encode())
+
+
+def _content_or_none(samples: Any, index: int) -> Any:
+    """A sample that cannot be read must not cost the page."""
+    try:
+        return content_of(samples, index)
+    except Exception:
+        return None
 
 
 class _Kept(NamedTuple):

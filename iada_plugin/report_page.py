@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import __version__, figures
 
+FILE = "report.html"
 TEXTS = {
     "adversarial_share": ("Share of adversarial samples", "Of each class, the share of samples with epsilon > 0 in each epoch. Where it is high the training pulls the class towards the boundary; where it is low it lets the class go."),
     "epsilon": ("Epsilon by class", "Right of zero (orange): adversarial, the sample is moved towards the other classes, so that training pulls it back harder. Left (blue): anti-adversarial, training lets it go. A second hump on the left is often wrong labels."),
@@ -41,11 +42,10 @@ class Page:
 
     Args:
         folder: to write to.
-        writes: whether this process does.
     """
 
-    def __init__(self, folder: Path, writes: bool) -> None:
-        self.folder, self.writes = folder, writes
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.parts: list[str] = []
         self.links: list[str] = []
         self.files: dict[str, bytes] = {}
@@ -77,29 +77,39 @@ class Page:
         """A further file beside the page."""
         self.files[name] = content
 
-    def finish(self) -> Path:
-        """Write everything; the page's path."""
+    def finish(self) -> None:
+        """Write everything; pictures of an earlier report that this one does not have go."""
         title = "Meta-IADA report"
         page = (
             f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{title}</title><style>{STYLE}</style></head><body><h1>{title}</h1><nav>{' '.join(self.links)}</nav>"
             f"{''.join(self.parts)}<footer>Written by iada_plugin {__version__}.</footer></body></html>\n"
         )
-        path = self.folder / "report.html"
-        if self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for name, content in {**self.files, "report.html": page.encode()}.items():
-                (self.folder / name).write_bytes(content)
-        return path
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for key in TEXTS:
+            if f"{key}.png" not in self.files:
+                (self.folder / f"{key}.png").unlink(missing_ok=True)
+        for name, content in {**self.files, FILE: page.encode(errors="replace")}.items():
+            (self.folder / name).write_bytes(content)
 
 
-def content_of(samples: Any, index: int) -> Any:
-    """The image or text of a sample."""
-    row = samples(index) if isinstance(samples, Callable) and not hasattr(samples, "__getitem__") else samples[index]  # type: ignore[arg-type]
+def content_of(samples: Any, index: Any) -> Any:
+    """The image ``[H, W]`` or ``[H, W, 3]``, or the text, of a sample.
+
+    Raises:
+        ValueError: there is none, or it cannot be shown.
+    """
+    try:
+        row = samples[index] if hasattr(samples, "__getitem__") else samples(index)
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"samples[{index!r}] cannot be had ({type(error).__name__}: {error}): samples must give an image or a text for a row"
+            " number, as a list, a data set or a function does."
+        ) from error
     if isinstance(row, Mapping):
-        texts = [v for v in row.values() if isinstance(v, str)]
         pictures = [v for v in row.values() if hasattr(v, "convert") or getattr(v, "ndim", 0) >= 2]
-        row = (pictures or texts or [str(dict(row))])[0]
+        texts = sorted((v for v in row.values() if isinstance(v, str)), key=len)  # the longest is no key or name
+        row = pictures[0] if pictures else texts[-1] if texts else str(dict(row))
     elif isinstance(row, (tuple, list)):
         row = row[0]
     return row if isinstance(row, str) else figures.as_image(row)

@@ -27,6 +27,18 @@ class Curve:
                 self._points = np.reshape(self._points, (-1, 2)).mean(axis=1).tolist()
                 self.width *= 2
 
+    def state(self) -> tuple[list[float], list[float], int]:
+        """For :meth:`of`."""
+        return list(self._points), list(self._open), self.width
+
+    @classmethod
+    def of(cls, state: tuple[list[float], list[float], int]) -> Curve:
+        """Go on from :meth:`state`."""
+        found = cls()
+        points, rest, found.width = state
+        found._points, found._open = list(points), list(rest)
+        return found
+
     def points(self) -> tuple[np.ndarray, np.ndarray]:
         """Which value (from 0, the middle of each point's) and what: ``[P]`` and ``[P]``."""
         values = self._points + ([float(np.mean(self._open))] if self._open else [])
@@ -56,8 +68,10 @@ class Reservoir:
         self.seen += len(rows)
 
     def fill(self, rows: np.ndarray, seen: int) -> None:
-        """Go on with rows that were kept of ``seen``."""
+        """Go on with rows that were kept of ``seen``; of a smaller sample this one stays as small."""
         self._kept[: len(rows)] = rows[: len(self._kept)]
+        if seen > len(rows):
+            self._kept = self._kept[: len(rows)]
         self.seen = seen
 
     @property

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .capture import Hook
 from .distributed import rank, world_size
 from .engine import MetaIADA
+from .recorder import MAX_ID
 from .sample_ids import SAMPLE_IDS, number_samples
 
 if TYPE_CHECKING:
@@ -37,16 +38,33 @@ class TrainerReport:
     def __init__(self, engine: MetaIADA, model: nn.Module, loader: Any, options: Mapping[str, Any]) -> None:
         from .report import Report
 
-        names = getattr(getattr(model, "config", None), "id2label", None) or {}
         self.engine = engine
-        self.report = Report(engine, **{"class_names": [names[k] for k in sorted(names)] or None, **options})
-        self._ids: Tensor | None = None
+        numbered = number_samples(loader)
+        rows, self._undo = numbered or (0, None)
+        self._candidate: tuple[Tensor, Tensor] | None = None
         self._evaluation: list[tuple[Tensor, Tensor]] = []
-        self._undo = number_samples(loader)
-        if self._undo is None:
+        self._ids: Tensor | None = None
+        self._without_ids = numbered is None
+        try:
+            self.report = Report(engine, **{"class_names": _class_names(model, engine), **self._sized(options, rows)})
+        except Exception:
+            self.remove()
+            raise
+        if numbered is None:
             logger.info("the training set has no row numbers (it is streamed?): the report will name no suspects.")
         # Before all other hooks on the model, whose forward pass does not know this argument.
         self._hook = engine.model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True)
+
+    def _sized(self, options: Mapping[str, Any], rows: int) -> dict[str, Any]:
+        """The options, checked against the training set now rather than in the middle of training."""
+        truth = options.get("true_labels")
+        if truth is not None and not rows:
+            raise ValueError(
+                "true_labels are known by row number, and a streamed training set has none: leave them out."
+            )
+        if truth is not None and len(truth) < rows:
+            raise ValueError(f"true_labels has {len(truth)} values; the training set has {rows} rows.")
+        return {"max_id": max(rows, MAX_ID), **options}
 
     @staticmethod
     def check(options: Mapping[str, Any]) -> None:
@@ -63,39 +81,70 @@ class TrainerReport:
             raise TypeError(f"report_options {', '.join(unknown)}: a Report has the options {', '.join(known)}.")
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module.training and torch.is_grad_enabled() and not self.engine.capture.busy:
+            self._ids = kwargs.get(SAMPLE_IDS)
         if SAMPLE_IDS not in kwargs:
             return None
-        if module.training and torch.is_grad_enabled() and not self.engine.capture.busy:
-            self._ids = kwargs[SAMPLE_IDS]
         return args, {k: v for k, v in kwargs.items() if k != SAMPLE_IDS}
 
-    def take_ids(self) -> Tensor | None:
-        """Row numbers ``[N]`` of the training batch that the model has just seen."""
+    def take_ids(self, n: int) -> Tensor | None:
+        """Row numbers ``[N]`` of the training batch of ``n`` samples that the model has just seen. Where a batch has none that fit
+        (its collator leaves samples out, say), the report goes on without any."""
         ids, self._ids = self._ids, None
+        if self._without_ids:
+            return None
+        if ids is None or ids.shape != (n,) or ids.is_floating_point() or ids.dtype == torch.bool:
+            found = "no row numbers" if ids is None else f"row numbers {ids.dtype} {list(ids.shape)}"
+            warnings.warn(f"a training batch of {n} samples has {found}: the report will name no suspects.")
+            self._without_ids = True
+            self.report.forget_ids()
+            return None
         return ids
 
-    def note_evaluation(self, logits: Any, labels: Tensor) -> None:
-        """A batch of an evaluation. In several processes samples are repeated to fill batches: left to the user there."""
-        if world_size() == 1 and isinstance(logits, Tensor):
-            self._evaluation.append((logits.detach().argmax(dim=-1), labels.detach()))
+    def note_pass(self, outputs: Any, labels: Any) -> None:
+        """A pass in eval mode, which may be one of an evaluation."""
+        logits = (
+            outputs.get("logits")
+            if isinstance(outputs, Mapping)
+            else (*outputs, None)[1]
+            if isinstance(outputs, tuple)
+            else None
+        )
+        self._candidate = None
+        if (
+            isinstance(logits, Tensor)
+            and isinstance(labels, Tensor)
+            and logits.dim() == 2
+            and not labels.is_floating_point()
+        ):
+            predictions, labels = logits.detach().argmax(dim=1), labels.detach().flatten()
+            if predictions.shape == labels.shape:
+                self._candidate = predictions, labels
+
+    def end_prediction_step(self) -> None:
+        """The last pass was one of an evaluation. In several processes samples are repeated to fill batches: left to the user."""
+        if self._candidate is not None and world_size() == 1:
+            self._evaluation.append(self._candidate)
+        self._candidate = None
 
     def forget_evaluation(self) -> None:
-        """The batches since the last evaluation were none of one."""
-        self._evaluation = []
+        """What was predicted since the last evaluation belongs to none."""
+        self._evaluation, self._candidate = [], None
 
     def end_evaluation(self, metrics: Mapping[str, Any]) -> None:
         """Keep the last evaluation in the warm-up, and the last one of all."""
         parts, self._evaluation = self._evaluation, []
         if not parts:
             return
-        predictions, labels = (torch.cat([t.flatten() for t in column]) for column in zip(*parts, strict=True))
-        if labels.is_floating_point() or predictions.shape != labels.shape:
+        predictions, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+        known = (labels >= 0) & (labels < len(self.report.class_names))  # -100 is ignored by the loss, too
+        if not bool(known.any()):
             return
         # With several evaluation sets each has its prefix: eval_NAME_loss.
         prefix = next((k.removesuffix("_loss") for k in metrics if k.endswith("_loss")), "eval")
-        which = "warm-up" if self.engine.epsilon is None else "Meta-IADA"
+        which = "warm-up" if self.engine.step <= self.engine.warmup_steps else "Meta-IADA"
         name = which if prefix == "eval" else f"{which}, {prefix.removeprefix('eval_')}"
-        self.report.add_evaluation(name, predictions, labels)
+        self.report.add_evaluation(name, predictions[known], labels[known])
 
     def save(self, folder: Path) -> None:
         """What this process has seen goes into a checkpoint."""
@@ -106,16 +155,32 @@ class TrainerReport:
     def load(self, folder: Path, step: int) -> None:
         """Go on from a checkpoint, where it has something."""
         path = folder / f"iada_report-{rank()}.pt"
-        if path.is_file():
-            self.report.load_state_dict(torch.load(path, weights_only=True))
-        else:
+        if not path.is_file():
             logger.info("no %s: the report covers the run from step %d on.", path, step)
+            return
+        try:
+            self.report.load_state_dict(torch.load(path, weights_only=True))
+        except Exception as error:
+            warnings.warn(
+                f"{path} cannot be used ({type(error).__name__}: {error}): the report covers the run from step {step} on."
+            )
 
     def remove(self) -> None:
         """Take the row numbers off the loader's batches, and the hook off the model."""
-        self._hook.remove()
+        if hasattr(self, "_hook"):
+            self._hook.remove()
         if self._undo is not None:
             self._undo()
+
+
+def _class_names(model: nn.Module, engine: MetaIADA) -> list[str] | None:
+    """From the model's config, where it has as many as the classifier has outputs."""
+    names = getattr(getattr(model, "config", None), "id2label", None) or {}
+    try:
+        ordered = [str(names[k]) for k in sorted(names, key=int)]
+    except (TypeError, ValueError):
+        return None
+    return ordered if len(ordered) == engine.head.out_features else None
 
 
 def write_report(report: Report, folder: str | Path) -> None:

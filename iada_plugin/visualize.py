@@ -118,7 +118,7 @@ def collect_features(iada: MetaIADA, loader: Iterable[Any]) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, exclude: Tensor | None = None, chunk: int = 1024) -> Tensor:
+def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, exclude: Tensor | None = None, chunk: int = 256) -> Tensor:
     """Rows of ``bank`` closest to each query in Euclidean distance.
 
     Args:
@@ -142,7 +142,8 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, exclude: Tensor | None
     rows = None if exclude is None else exclude.reshape(-1).to(bank.device)
     found = []
     for start in range(0, len(flat), chunk):
-        distance = torch.cdist(flat[start : start + chunk], bank)
+        # Exact: by way of a matrix product a sample would not always be its own neighbour.
+        distance = torch.cdist(flat[start : start + chunk], bank, compute_mode="donot_use_mm_for_euclid_dist")
         if rows is not None:
             distance.scatter_(1, rows[start : start + chunk, None], float("inf"))
         found.append(distance.topk(k, dim=1, largest=False).indices)
@@ -196,6 +197,8 @@ def _require_open(iada: MetaIADA) -> None:
 
 def _run(iada: MetaIADA, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[N, H]``, plain logits ``[N, C]`` and labels ``[N]``, in the precision of the statistics."""
+    if isinstance(batch, (tuple, list)) and len(batch) > 2:  # row numbers, say
+        batch = batch[:2]
     args, kwargs, labels = split_batch(batch)
     device = iada.head.weight.device
     args, kwargs = tree_map_only(Tensor, lambda t: t.to(device), (args, kwargs))

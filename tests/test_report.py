@@ -1,9 +1,11 @@
 """What a report collects and writes."""
 
 import csv
+import gc
 import re
 import shutil
 import subprocess
+import weakref
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
@@ -24,6 +26,7 @@ from iada_plugin.covariance import LowRank
 from iada_plugin.perturbation import PerturbationNetwork
 from iada_plugin.recorder import Recorder
 from iada_plugin.streams import Curve, Reservoir
+from iada_plugin.trainer_report import _class_names
 
 N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
 
@@ -45,7 +48,7 @@ def start(characteristics=None, **options):
     more = {} if characteristics is None else {"characteristics": characteristics}
     iada = MetaIADA(model, optimizer, meta_loader=[(x[:30] + 0.1, truth[:30])], steps_per_epoch=PER_EPOCH, epochs=8,
                     config=IADAConfig(warmup_epochs=2, meta_lr=1e-2), **more)  # fmt: skip
-    return iada, model, optimizer, Report(iada, **options)
+    return iada, model, optimizer, None if options.pop("none", False) else Report(iada, **options)
 
 
 def train(iada, model, optimizer, epochs=8, with_ids=True, seen=None, stop=None, seed=0):
@@ -70,7 +73,7 @@ def finished():
     """A run of eight epochs, two of them warm-up, whose epsilon was written down in a plain way too."""
     torch.manual_seed(0)
     _, _, truth = problem()
-    iada, model, optimizer, _ = start()
+    iada, model, optimizer, _ = start(none=True)
     report = Report(
         iada, true_labels=truth, samples=problem()[0].view(N, 2, 3), epochs=3, class_names=["ant", "<bee>", "cat"]
     )
@@ -143,7 +146,7 @@ def test_memory_is_bounded():
     arrays = (recorder.epsilon, recorder.loss, recorder.contradicted, recorder.label, recorder.predicted)
     assert sum(a.nbytes for a in arrays) <= 1000 * (9 * 2 + 8)
     assert len(recorder.reservoirs) == 2 and len(recorder.rows()["f"]) == 20
-    assert len(recorder.meta_loss.points()[1]) <= 2000 and len(recorder.seconds) == 199
+    assert len(recorder.meta_loss.points()[1]) <= 2000 and len(recorder.seconds) == 200
 
 
 def test_a_value_that_is_not_finite_is_not_kept():
@@ -384,8 +387,11 @@ def test_evaluations_that_do_not_fit():
         (([0, 1], [0]), "2 predictions for 1 labels"),
         (([0, 3], [0, 1]), "predictions run from 0 to 3; there are 3"),
         (([0.5], [0]), "predictions must be whole numbers"),
-        (([0], [0], [0, 1]), "groups of 2 rows for 1"),
+        (([0], [0], [0, 1]), r"groups \[2, 2\] for 1 labels"),
+        (([0], [0], [-1]), "group -1 is negative"),
+        (([0], [0], ["old"]), "groups must be whole numbers"),
         (([0], [0], [0], ["a", "b"]), "2 group_names for 1 groups"),
+        (([0, 0], [0, 0], [0, 1], ["a", "a"]), "1 group_names for 2 groups"),
     ]:
         with pytest.raises(ValueError, match=match):
             report.add_evaluation("x", *arguments_)
@@ -413,12 +419,77 @@ def test_a_report_changes_nothing():
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
+def test_names_that_are_no_plain_text(tmp_path):
+    iada, model, optimizer, report = start(class_names={2: "c" * 60, 0: "cheap $ & <$5", 1: "a_$^$b"})
+    assert report.class_names[0].startswith("cheap")
+    train(iada, model, optimizer, epochs=4)
+    report.add_evaluation("$x_$ " + "long " * 20, [0, 1, 2], [0, 1, 1], groups=[0, 1, 1], group_names=["$", "$$"])
+    report.write(tmp_path)
+    assert "cheap $ &amp; &lt;$5" in (tmp_path / "report.html").read_text()
+
+
+def test_only_values_that_are_not_finite(tmp_path):
+    iada, model, optimizer, report = start()
+    train(iada, model, optimizer, epochs=2)
+    x, y, _ = problem()
+    for rows in torch.arange(N).split(BATCH):
+        iada(model(x[rows] * float("nan")), y[rows], ids=rows)
+        optimizer.step()
+    assert report.empty
+    with pytest.raises(RuntimeError, match="nothing is recorded"):
+        report.write(tmp_path)
+
+
+def test_what_a_report_holds_after_closing():
+    """The model and its optimizer can go."""
+    iada, model, optimizer, report = start()
+    train(iada, model, optimizer, epochs=4)
+    iada.close()
+    watched = weakref.ref(optimizer)
+    del iada, model, optimizer
+    gc.collect()
+    assert watched() is None and len(report.suspects()) == N
+    closed = start(none=True)[0]
+    closed.close()
+    with pytest.raises(RuntimeError, match="was closed: make the Report"):
+        Report(closed)
+
+
+def test_a_batch_counts_in_the_epoch_of_its_step():
+    iada, model, optimizer, report = start()
+    train(iada, model, optimizer, epochs=3)
+    x, y, _ = problem()
+    loss = iada(model(x[:10]), y[:10], ids=torch.arange(10))
+    report.state_dict()  # in the middle of the next epoch's first step
+    loss.backward()
+    optimizer.step()
+    assert {e: int(c[:, 0].sum()) for e, c in report._merged().by_class.items()} == {2: N, 3: 10}
+
+
+def test_a_state_in_a_report_of_more_capacity():
+    rows = 50
+    small, large = (Recorder(2, 1, 10, capacity=c, epochs=1) for c in (10, 100))
+    zeros = torch.zeros(rows)
+    small.add(zeros.long(), torch.zeros(rows, 2), torch.ones(rows, 1), zeros + 1, zeros + 0.5, torch.arange(rows))
+    large.load_state_dict(small.state_dict())
+    assert large.rows()["epsilon"].tolist() == [0.5] * 10
+    large.add(zeros.long(), torch.zeros(rows, 2), torch.ones(rows, 1), zeros + 1, zeros + 0.5, torch.arange(rows))
+    large.drain()
+    assert large.rows()["epsilon"].tolist() == [0.5] * 10 and large.reservoirs[0].seen == 100
+
+
+def test_asked_after_the_process_group_is_gone():
+    recorder = Recorder(2, 1, 10)
+    recorder._world_size = 2
+    with pytest.raises(RuntimeError, match=r"2 processes have trained, of which 1 can be asked"):
+        recorder.merged()
+
+
 # -------------------------------------------------------------------------------------------------------- the Trainer
 
 
 def watched(folder, **options):
-    config = IADAConfig(warmup_epochs=1, **options.pop("config", {}))
-    return MetaIADACallback(dataset(8, seed=7), config, report_dir=folder / "report", **options)
+    return MetaIADACallback(dataset(8, seed=7), IADAConfig(warmup_epochs=1), report_dir=folder / "report", **options)
 
 
 def labels_of_rows(train):
@@ -494,7 +565,7 @@ def test_a_checkpoint_without_what_was_seen(tmp_path):
     t.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert ours.report._merged().first_step == 5 and len(ours.report.suspects()) == 24
     other = start()[3]
-    with pytest.raises(ValueError, match="of other classes, characteristics or epochs"):
+    with pytest.raises(ValueError, match="of other classes, characteristics, epochs or processes"):
         other.load_state_dict(ours.report.state_dict())
 
 
@@ -544,26 +615,161 @@ def test_another_engine_takes_the_place_of_the_first(tmp_path):
     assert (tmp_path / "samples.csv").is_file()
 
 
+class Rows(torch.utils.data.Dataset):
+    """A torch data set that a callback changes, and that can be told to go its own ways."""
+
+    def __init__(self, batches=False):
+        self.rows, self.level, self.seen = [dict(row) for row in dataset(32)], 0, []
+        if batches:
+            self.__getitems__ = lambda indices: _collate([self.rows[i] for i in indices])
+
+    def __len__(self):
+        return 32
+
+    def __getitem__(self, i):
+        self.seen.append(self.level)
+        return self.rows[i]
+
+
+def _collate(rows):
+    return rows if isinstance(rows, dict) else {k: torch.tensor([r[k] for r in rows]) for k in rows[0]}
+
+
+def _drop_one(rows):
+    return _collate(rows[:-1])
+
+
+class Curriculum(TrainerCallback):
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.dataset.level = round(state.epoch or 0)
+        assert isinstance(train_dataloader.dataset[0], dict)
+        train_dataloader.dataset.seen.pop()
+
+
+def test_the_users_data_set_is_still_theirs(tmp_path):
+    rows, meta = Rows(), dataset(8, seed=7)
+    ours = MetaIADACallback(meta, IADAConfig(warmup_epochs=1), report_dir=tmp_path / "report", class_counts=[16, 16])
+    t = Trainer(model=distilbert(), args=arguments(tmp_path, max_steps=12), train_dataset=rows, data_collator=_collate,
+                callbacks=[ours, Curriculum()])  # fmt: skip
+    t.train()
+    assert rows.level == 2 and sorted(rows.seen)[:32] == [0] * 32 and max(rows.seen) == 2 and rows.seen.count(1) == 32
+    assert len(ours.report.suspects()) == 32
+
+
+@pytest.mark.parametrize("batches, collate", [(False, _drop_one), (True, _collate)])
+def test_batches_whose_rows_are_not_known(tmp_path, batches, collate):
+    """Training goes on, without suspects."""
+    ours = watched(tmp_path)
+    t = Trainer(
+        model=distilbert(),
+        args=arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=Rows(batches),
+        data_collator=collate,
+        callbacks=[ours],
+    )
+    with pytest.warns(UserWarning, match="the report will name no suspects"):
+        t.train()
+    assert t.state.global_step == 8 and not ours.report._merged().with_ids
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
+def test_what_does_not_fit_the_training_set_is_said_before_the_first_step(tmp_path):
+    for options, train_set, match in [
+        ({"true_labels": [0] * 9}, None, "true_labels has 9 values; the training set has 32 rows"),
+        ({"true_labels": [0] * 32}, IterableDataset.from_generator(_stream), "a streamed training set has none"),
+        ({"class_names": ["a"]}, None, "class_names has 1 names"),
+    ]:
+        ours = watched(tmp_path, report_options=options, class_counts=[16, 16])
+        ours.config = IADAConfig(warmup_ratio=0.5)
+        t = trainer(tmp_path, ours, train=train_set)
+        with pytest.raises(ValueError, match=match):
+            t.train()
+        assert type(t.model.classifier) is torch.nn.Linear and not t.model._forward_hooks
+
+
+class LookingElsewhere(TrainerCallback):
+    """Runs the model in eval mode in each step, and breaks an evaluation off."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        model.eval()
+        with torch.no_grad():
+            model(**_collate([dict(dataset(1)[0])]))
+        model.train()
+        if state.global_step == 6:
+            with pytest.raises(ZeroDivisionError):
+                self.trainer.evaluate(Broken())
+
+
+class Broken(Rows):
+    def __getitem__(self, i):
+        return self.rows[i] if i < 16 else 1 / 0
+
+
+def test_only_evaluations_are_evaluations(tmp_path):
+    ours, other = watched(tmp_path), LookingElsewhere()
+    rows = dataset(20, seed=3).remove_columns("labels").add_column("labels", [-100] * 4 + [0, 1] * 8)
+    options = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
+    other.trainer = Trainer(model=distilbert(), args=arguments(tmp_path, **options), train_dataset=dataset(), eval_dataset=rows,
+                            callbacks=[ours, other])  # fmt: skip
+    other.trainer.train()
+    assert {k: len(e.labels) for k, e in ours.report.evaluations.items()} == {"warm-up": 16, "Meta-IADA": 16}
+
+
+def test_a_damaged_or_other_state_starts_the_report_anew(tmp_path):
+    trainer(tmp_path, watched(tmp_path), save_strategy="steps", save_steps=5).train()
+    file = tmp_path / "checkpoint-5" / "iada_report-0.pt"
+    whole = file.read_bytes()
+    for content, options in ((b"nothing", {}), (whole, {"epochs": 2})):
+        file.write_bytes(content)
+        ours = watched(tmp_path, report_options=options)
+        with pytest.warns(UserWarning, match=r"(?s)iada_report-0.pt cannot be used .*from step 5 on"):
+            trainer(tmp_path, ours, save_strategy="steps", save_steps=5).train(resume_from_checkpoint=str(file.parent))
+        assert ours.report._merged().first_step == 5
+
+
+def test_names_in_the_models_config():
+    model = distilbert(12)
+    engine = type("Engine", (), {"head": model.classifier})
+    for names, expected in [
+        ({str(i): f"n{i}" for i in range(12)}, [f"n{i}" for i in range(12)]),
+        ({0: "a", 1: "b"}, None),
+        ({"x": "a"}, None),
+        (None, None),
+    ]:
+        model.config.__dict__["id2label"] = names
+        assert _class_names(model, engine) == expected
+
+
 def test_report_options_are_checked_at_once(tmp_path):
     with pytest.raises(TypeError, match=r"report_options colour: a Report has the options class_names, true_labels"):
         watched(tmp_path, report_options={"colour": 1})
 
 
 def test_suspects_shown_as_text_and_as_rows(tmp_path):
-    iada, model, optimizer, _ = start()
-    texts = Dataset.from_dict({"id": list(range(N)), "text": [f"text <{i}> " + "x" * 300 for i in range(N)]})
+    iada, model, optimizer, _ = start(none=True)
+    texts = Dataset.from_dict(
+        {"uuid": [f"{i:03}" for i in range(N)], "text": [f"text <{i}> " + "x" * 300 for i in range(N)]}
+    )
     report = Report(iada, samples=texts)
     train(iada, model, optimizer, epochs=4)
     first = report.suspects(1)[0].id
     report.write(tmp_path)
     text = (tmp_path / "report.html").read_text()
     assert f"text &lt;{first}&gt; xxx" in text and "x" * 250 not in text and not (tmp_path / "suspects.png").exists()
-    for shape in ((4, 4, 3), (2, 4, 5), (1, 4, 4)):
-        report.samples = lambda i, shape=shape: np.zeros(shape)
-        report.write(tmp_path)
-    assert (tmp_path / "suspects.png").is_file()
-    with pytest.raises(ValueError, match=r"an image has the shape \[4\]"):
-        Report(iada, samples=lambda i: np.zeros(4))
+    shown = [np.zeros((4, 4, 3)), np.zeros((2, 4, 5)), np.zeros((1, 4, 4)), Image.new("RGBA", (4, 4)), Image.new("P", (4, 4)),
+             {"image": None, "text": "a\ud83d b"}, np.zeros(4), torch.zeros(4, 4, dtype=torch.bfloat16)]  # fmt: skip
+    report.samples = lambda i: shown[i % len(shown)]  # one that cannot be shown is left out
+    report.write(tmp_path)
+    assert (tmp_path / "suspects.png").is_file() and "a? b" in (tmp_path / "report.html").read_text()
+    report.samples = None
+    report.write(tmp_path)
+    assert not (tmp_path / "suspects.png").exists()  # of the report before
+    for samples, match in (
+        (lambda i: np.zeros(4), r"an image has the shape \[4\]"),
+        ([], r"samples\[0\] cannot be had"),
+    ):
+        with pytest.warns(UserWarning, match="had a Report already"), pytest.raises(ValueError, match=match):
+            Report(iada, samples=samples)
 
 
 def test_a_report_that_cannot_be_written_loses_nothing(tmp_path):

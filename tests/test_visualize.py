@@ -107,6 +107,7 @@ def test_texts():
     iada = trained(distilbert(), (batch, labels))
     found = augment_features(iada, {**batch, "labels": labels}, epsilon=1.0, draws=2)
     bank, y = collect_features(iada, [{**batch, "labels": labels}])
+    assert torch.equal(collect_features(iada, [(batch, labels, torch.arange(12))])[0], bank)
     assert torch.equal(found.features, bank) and torch.equal(y, labels) and found.draws.shape == (12, 2, 32)
 
 
@@ -121,6 +122,8 @@ def test_nearest(chunk):
             assert found[i, j].tolist() == order[:3]
     own = torch.arange(30)
     assert nearest(bank, bank)[:, 0].tolist() == own.tolist()
+    far = 0.1 * bank + 100
+    assert nearest(far, far)[:, 0].tolist() == own.tolist()
     others = nearest(bank, bank, 2, exclude=own)
     assert (others != own[:, None]).all() and others[:, 0].tolist() == nearest(bank, bank, 2)[:, 1].tolist()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -92,6 +93,7 @@ def main(args: argparse.Namespace, build: Callable[[], Scenario]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
     predictions, reports = {}, {}
+    reported = importlib.util.find_spec("matplotlib") is not None
     for name in args.method:
         try:
             run = run_method(
@@ -101,12 +103,12 @@ def main(args: argparse.Namespace, build: Callable[[], Scenario]) -> None:
                 seed=args.seed,
                 device=args.device,
                 config=config,
-                report=True,
+                report=reported,
             )
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise SystemExit(f"error: {METHODS[name].title}: {error}") from error
         predictions[METHODS[name].title] = run.pop("predictions")
-        reports[name] = run.pop("report")
+        reports[name] = run.pop("report", None)
         found[name] = run
         results = {"arguments": vars(args), "settings": asdict(settings), "counts": counts, "versions": versions(), "methods": found}  # fmt: skip
         (folder / "results.json").write_text(json.dumps(without_nan(results), indent=2))
