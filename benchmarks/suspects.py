@@ -226,7 +226,7 @@ def render(result: dict[str, Any], picture: Path | None) -> str:
             "",
         ]
     if picture is not None:
-        shown = [r for r in result["rows"] if "margin" not in r["ranking"]]
+        shown = [r for r in result["rows"] if "self confidence" not in r["ranking"]]  # the weaker of the two
         curves = {
             f"{t[1].split(',')[0]}, {t[1].split(',')[1].strip()}" if t[0] == "flip1" else t[1].split(",")[0]: {
                 f"{r['ranking']} ({100 * r['auroc']:.1f})": (r["recall"], r["precision"])
