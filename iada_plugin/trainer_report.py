@@ -74,8 +74,10 @@ class TrainerReport:
             ImportError: Matplotlib is not installed.
             TypeError: an unknown option.
         """
+        from .figures import require_matplotlib
         from .report import Report
 
+        require_matplotlib()
         known = [n for n in inspect.signature(Report).parameters if n != "iada"]
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f"report_options {', '.join(unknown)}: a Report has the options {', '.join(known)}.")

@@ -5,10 +5,13 @@ import gc
 import re
 import shutil
 import subprocess
+import sys
+import textwrap
 import weakref
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,6 +31,7 @@ from iada_plugin.recorder import Recorder
 from iada_plugin.streams import Curve, Reservoir
 from iada_plugin.trainer_report import _class_names
 
+ROOT = Path(__file__).parents[1]
 N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
 
 
@@ -169,6 +173,29 @@ def test_buffers_that_are_used_again():
             iada(model(data), target, ids=ids).backward()
             optimizer.step()
     assert {s.id: s.label for s in report.suspects()} == dict(enumerate(y.tolist()))
+
+
+def test_without_matplotlib():
+    """The package is whole; a report says at once what it needs."""
+    code = """
+        import sys
+        sys.modules["matplotlib"] = None
+        from iada_plugin import *
+        import torch, iada_plugin.visualize
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+        batch = torch.randn(4, 2), torch.arange(4) % 2
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        iada = MetaIADA(model, optimizer, meta_loader=[batch], steps_per_epoch=1, epochs=3, config=IADAConfig(warmup_epochs=1))
+        for make in (lambda: Report(iada), lambda: MetaIADACallback([batch], report_dir="x")):
+            try:
+                make()
+            except ImportError as error:
+                print(error)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout.count('pip install "iada-plugin[report]"') == 2, done.stderr
 
 
 def test_the_reservoir_is_uniform():
