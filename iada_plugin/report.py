@@ -86,6 +86,7 @@ class Report:
         ValueError: lengths that do not fit the classifier, or samples that cannot be shown.
 
     Example:
+        >>> import torch
         >>> from torch import nn
         >>> from iada_plugin import IADAConfig
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))

@@ -525,7 +525,7 @@ def labels_of_rows(train):
 
 @pytest.mark.parametrize("options", [
     {},
-    {"dataloader_num_workers": 2},
+    {"dataloader_num_workers": 1},
     {"gradient_accumulation_steps": 2},
     {"per_device_train_batch_size": 5, "dataloader_drop_last": True},
 ])  # fmt: skip
@@ -533,7 +533,7 @@ def test_the_trainer_tells_samples_by_row(tmp_path, options):
     rows = dataset(32)
     rows = rows.remove_columns("labels").add_column("labels", [(i * i) % 7 % 2 for i in range(32)])  # no pattern by row
     ours = watched(tmp_path)
-    t = trainer(tmp_path, ours, train=rows, max_steps=16, evaluate=True, eval_strategy="steps", eval_steps=2, **options)
+    t = trainer(tmp_path, ours, train=rows, max_steps=16, evaluate=True, eval_strategy="steps", eval_steps=4, **options)
     t.train()
     suspects = ours.report.suspects()
     expected = labels_of_rows(rows)
