@@ -533,7 +533,7 @@ def test_the_trainer_tells_samples_by_row(tmp_path, options):
     rows = dataset(32)
     rows = rows.remove_columns("labels").add_column("labels", [(i * i) % 7 % 2 for i in range(32)])  # no pattern by row
     ours = watched(tmp_path)
-    t = trainer(tmp_path, ours, train=rows, max_steps=16, evaluate=True, eval_strategy="steps", eval_steps=4, **options)
+    t = trainer(tmp_path, ours, train=rows, max_steps=16, evaluate=True, eval_strategy="epoch", **options)
     t.train()
     suspects = ours.report.suspects()
     expected = labels_of_rows(rows)
