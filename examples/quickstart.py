@@ -1,6 +1,6 @@
 """Five minutes with Meta-IADA: digits of which 30 % carry a wrong label, plain cross-entropy against Meta-IADA.
 
-    pip install "iada-plugin[examples]"     # in a clone: pip install ".[examples]"
+    pip install ".[examples]"
     python examples/quickstart.py
 
 No download, about a minute. It prints the accuracy of both, lists the labels that look wrong, and writes a report with pictures to
@@ -56,7 +56,8 @@ def train(data: dict[str, torch.Tensor], epochs: int, seed: int, use_iada: bool)
     criterion, report = F.cross_entropy, None
     if use_iada:
         meta = TensorDataset(data["meta_x"], data["meta_y"])
-        # 1. The criterion. It learns on the meta set how to perturb each training sample, after a warm-up of plain training.
+        # 1. The criterion. It learns on the meta set how to perturb each training sample, after a warm-up of plain training:
+        # a short one here, before the network has learned the wrong labels by heart.
         criterion = MetaIADA(
             model, optimizer, meta_loader=meta_dataloader(meta, 100, seed), class_counts=torch.bincount(data["y"]),
             steps_per_epoch=len(loader), epochs=epochs, config=IADAConfig(warmup_ratio=0.25, seed=seed),

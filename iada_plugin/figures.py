@@ -30,7 +30,7 @@ def require_matplotlib() -> None:
     ImportError: it is not installed.
     """
     if matplotlib is None:
-        raise ImportError('pictures need Matplotlib: pip install "iada-plugin[report]", or pip install matplotlib.')
+        raise ImportError("pictures need Matplotlib: pip install matplotlib.")
 
 
 def own_style() -> Any:
@@ -148,7 +148,7 @@ def clean_and_wrong(
     axes[0, 0].set(xlabel="epoch", ylabel="share with epsilon > 0", ylim=(-0.03, 1.03))
     axes[0, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0, 1].set(xlabel="epsilon, mean of the last epochs", ylabel="share of the samples")
-    axes[0, 1].xaxis.set_major_locator(MaxNLocator(4))
+    axes[0, 1].set_xticks(np.linspace(*limits, 5))
     for ax in axes.flat:
         ax.legend(fontsize=8, frameon=False)
     return figure
@@ -211,7 +211,8 @@ def epsilon_histograms(
             bar.set_facecolor(ADVERSARIAL if left + 1e-6 >= 0 else LETTING_GO)
         ax.set_title(f"{_short([names[c]])[0]} ({counts[c]:,})", fontsize=9)
         ax.set_yticks([])
-        ax.xaxis.set_major_locator(MaxNLocator(4))
+        ax.set_xticks(np.linspace(*limits, 3))
+        ax.tick_params(labelbottom=True, labelsize=7)
     for ax in axes.flat[len(shown) :]:
         ax.set_visible(False)
     figure.supxlabel("epsilon", fontsize=9)
@@ -289,7 +290,14 @@ def confusions(matrices: Mapping[str, np.ndarray], names: Sequence[str]) -> Figu
         ax.grid(False)
         ax.set_xlabel("predicted", fontsize=8)
         if few:
-            ax.set_xticks(range(len(names)), _short(names, 10), rotation=60, ha="right", fontsize=7)
+            turned = max(map(len, names)) > 3
+            ax.set_xticks(
+                range(len(names)),
+                _short(names, 10),
+                rotation=60 * turned,
+                ha="right" if turned else "center",
+                fontsize=7,
+            )
             ax.set_yticks(range(len(names)), _short(names, 10), fontsize=7)
             for i, j in np.argwhere(shares >= 0.005):
                 ax.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=6,
@@ -362,7 +370,8 @@ def step_seconds(seconds: Mapping[int, Mapping[str, Sequence[float]]]) -> Figure
             name = {"warm-up": "warm-up", "IADA loss": "without a meta step", "meta step": "with a meta step"}[kind]
             ax.errorbar(x, median, [median - low, high - median], color=color, marker="o", ms=3, capsize=2, label=name)
     ax.set(xlabel="epoch", ylabel="milliseconds a step")
-    ax.set_ylim(bottom=0)
+    highest = max(values[1] for kinds in seconds.values() for values in kinds.values())
+    ax.set_ylim(0, 2500 * highest)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize=8, frameon=False)
     return figure

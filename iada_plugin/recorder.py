@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,11 @@ class Recorder:
                     "true_labels are known by sample id: pass ids= with each batch, or leave true_labels out."
                 )
             self.with_ids = ids is not None
+            if ids is None:
+                warnings.warn(
+                    "the batches have no sample ids: the report will name no suspects. Pass iada(output, target, ids=rows), the row"
+                    " numbers of the batch in the training set."
+                )
         if self.with_ids != (ids is not None):
             raise ValueError("some batches have sample ids and others not: pass ids= with all of them, or with none.")
 

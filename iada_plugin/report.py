@@ -26,6 +26,13 @@ from .report_page import FILE, Page, content_of
 _SHOWN = 48
 #: Of samples.csv, where they are known.
 _COLUMNS = ("id", "label", "predicted", "true_label", "suspicion", "contradicted", "epsilon", "loss", "epochs")
+#: Below this suspicion no label stands out: a sample that is contradicted half of the time, at an epsilon of 0, has 0.5.
+_CLEAR = 0.6
+_NOTHING_STANDS_OUT = (
+    "No label stands out here: the highest suspicion is {highest:.2f}. The network contradicts hardly any label that it is trained on. Either"
+    " there are no wrong ones, or it had learned them by heart before the warm-up was over (a shorter one, such as warmup_ratio=0.25, leaves"
+    " it less time to), or there were too few meta steps to learn from."
+)
 #: Classes whose covariance spectrum is drawn.
 _SPECTRA = 10
 
@@ -279,7 +286,8 @@ class Report:
 
     def _write(self, recorder: Recorder, now: _Kept, folder: Path) -> None:
         page, limits = Page(folder), now.limits
-        names, counts = self.class_names, now.counts
+        names = self.class_names
+        counts = np.max([c[:, 0] for c in recorder.by_class.values()], axis=0)  # of a whole epoch, where there was one
         rows = recorder.rows()
         table = self._table(recorder) if recorder.with_ids else None
         epsilon, labels = (table["epsilon"], table["label"]) if table is not None else (rows["epsilon"], rows["label"])
@@ -344,7 +352,9 @@ class Report:
         if any(p is not None for p in pictures):
             lines = zip(cells["id"], cells["label"], cells["predicted"], strict=True)
             figure = figures.images(pictures, [f"{i}\n{a}\n→ {b}" for i, a, b in lines])
-        page.section("suspects", figure, cells)
+        highest = table["suspicion"][0]
+        note = "" if highest >= _CLEAR else _NOTHING_STANDS_OUT.format(highest=highest)
+        page.section("suspects", figure, cells, note)
 
     def _write_evaluations(self, page: Page) -> None:
         num_classes = len(self.class_names)
@@ -395,14 +405,12 @@ class _Kept(NamedTuple):
     network: PerturbationNetwork
     characteristics: list[str]
     limits: tuple[float, float]
-    counts: np.ndarray
     eigenvalues: dict[int, np.ndarray]
     facts: dict[str, str]
 
     @classmethod
     def of(cls, iada: MetaIADA) -> _Kept:
-        head, config = iada.head, iada.config
-        seen, spectra = np.zeros(head.out_features), {}
+        head, config, spectra = iada.head, iada.config, {}
         if hasattr(head, "class_count"):  # not where another MetaIADA has taken this one's place
             seen = head.class_count.cpu().numpy()
             classes = np.argsort(-seen, kind="stable")[: int((seen > 0).sum())]
@@ -415,6 +423,6 @@ class _Kept(NamedTuple):
             "Meta steps left out": str(iada.meta.skipped),
         }
         return cls(
-            copy.deepcopy(iada.meta.perturbation).cpu(), names, config.epsilon_range, seen,
+            copy.deepcopy(iada.meta.perturbation).cpu(), names, config.epsilon_range,
             {c: values for c, values in spectra.items() if len(values)}, facts,
         )  # fmt: skip

@@ -14,17 +14,17 @@ from . import __version__, figures
 FILE = "report.html"
 TEXTS = {
     "adversarial_share": ("Share of adversarial samples", "Of each class, the share of samples with epsilon > 0 in each epoch. Where it is high the training pulls the class towards the boundary; where it is low it lets the class go."),
-    "epsilon": ("Epsilon by class", "Right of zero (orange): adversarial, the sample is moved towards the other classes, so that training pulls it back harder. Left (blue): anti-adversarial, training lets it go. A second hump on the left is often wrong labels."),
+    "epsilon": ("Epsilon by class", "Right of zero (orange): adversarial, the sample is moved towards the other classes, so that training pulls it back harder. Left (blue): anti-adversarial, training lets it go. A second hump on the left is often wrong labels. In brackets: samples."),
     "clean_and_wrong": ("Right and wrong labels", "The same for samples whose label is right, and whose label is known to be wrong. The further apart, the better epsilon tells them from each other."),
     "finding": ("Finding wrong labels", "Taking the samples with the highest suspicion, the lowest epsilon or the highest loss for wrong: precision against recall over all cut-offs."),
-    "suspects": ("Suspect labels", "Samples that training lets go (low epsilon) and whose label the model contradicts, over the last epochs. Look at them before you change them: rare and hard samples look the same. All samples are in samples.csv."),
+    "suspects": ("Suspect labels", "Samples that training lets go (low epsilon) and whose label the model contradicts, over the last epochs. Look at them before you change them: rare and hard samples look the same. Above each picture: row number, label, and what the model says. All samples are in samples.csv."),
     "drivers": ("What drives epsilon", "Left: how strongly each training characteristic moves epsilon (mean size of gradient x input over samples). Right: mean epsilon over samples when one characteristic is set to a value and the others stay as they are."),
     "spectra": ("Class covariances", "Eigenvalues of the feature covariance of classes (samples in brackets), largest first. A steep line: the class varies in few directions. Of a class with few samples the small ones are not known."),
-    "confusion": ("Confusion matrices", "Rows are true classes, columns predictions, in percent of the row."),
+    "confusion": ("Confusion matrices", "Rows are true classes, columns predictions, in percent of the row. In a Trainer's report \"warm-up\" is the last evaluation of the warm-up and \"Meta-IADA\" the last one of all: two moments of one run."),
     "class_accuracy": ("Accuracy of each class", "Test accuracy, with each model's worst class in the legend."),
     "group_accuracy": ("Accuracy of each group", "Test accuracy, with each model's worst group in the legend; rows of the group in brackets."),
     "meta_loss": ("Meta loss", "Cross-entropy on the meta batches, after the virtual step. It should fall, or stay low; a rise means that the model drifts away from what the meta set asks for."),
-    "step_time": ("Time of a step", "Median and quartiles of the wall time from one optimizer step to the next, data loading included."),
+    "step_time": ("Time of a step", "Median and quartiles of the wall time from one optimizer step to the next, data loading included. Bars that are cut off had an interruption in them."),
 }  # fmt: skip
 
 STYLE = """
@@ -55,11 +55,13 @@ class Page:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in values.items())
         self.parts.append(f'<table id="facts">{rows}</table>')
 
-    def section(self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None) -> None:
-        """A section with its picture and a table, columns by name."""
+    def section(self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None, note: str = "") -> None:
+        """A section with its picture, a table (columns by name), and a note that goes first."""
         title, text = TEXTS[key]
         self.links.append(f'<a href="#{key}">{title}</a>')
         parts = [f'<section id="{key}"><h2>{title}</h2><p>{text}</p>']
+        if note:
+            parts.append(f"<p><strong>{html.escape(note)}</strong></p>")
         if figure is not None:
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png")

@@ -50,8 +50,6 @@ class TrainerReport:
         except Exception:
             self.remove()
             raise
-        if numbered is None:
-            logger.info("the training set has no row numbers (it is streamed?): the report will name no suspects.")
         # Before all other hooks on the model, whose forward pass does not know this argument.
         self._hook = engine.model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True)
 
@@ -64,6 +62,11 @@ class TrainerReport:
             )
         if truth is not None and len(truth) < rows:
             raise ValueError(f"true_labels has {len(truth)} values; the training set has {rows} rows.")
+        samples = options.get("samples")
+        if rows and hasattr(samples, "__len__") and len(samples) != rows:
+            raise ValueError(
+                f"samples has {len(samples)} entries; the training set has {rows} rows, and they go by row number."
+            )
         return {"max_id": max(rows, MAX_ID), **options}
 
     @staticmethod

@@ -155,7 +155,7 @@ def after_trainer(names):
 
 
 def after_loop(names):
-    assert names["accelerator"].num_processes == 1 and names["iada"].step == 2
+    assert names["accelerator"].num_processes == 1 and names["iada"].step == 2 * names["epochs"]
     assert names["head"].class_count.sum() == 24 * names["epochs"]
 
 
