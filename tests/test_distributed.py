@@ -228,8 +228,13 @@ if kind == "off":
 rows = 64
 if kind == "few":  # one batch, for two processes
     rows, options["per_device_train_batch_size"], options["gradient_accumulation_steps"] = 5, 8, 1
-t = here.trainer(folder, here.callback(meta_batch_size=8), model=model, train=here.dataset(rows), **options)
+ours = here.callback(meta_batch_size=8)
+ours.report_dir = f"{folder}/report-{sys.argv[4]}" if kind == "default" else None
+t = here.trainer(folder, ours, model=model, train=here.dataset(rows), **options)
 t.train()
+if kind == "default":  # in all processes
+    found = torch.tensor([[s.id, s.label, s.epsilon, s.loss, s.epochs] for s in sorted(ours.report.suspects())])
+    torch.save(found, f"{folder}/suspects-{sys.argv[4]}{t.args.process_index or ''}.pt")
 assert t.state.log_history[-2]["iada/meta_loss"] > 0
 if t.args.process_index == 0 or kind == "few":
     torch.save(t.model.state_dict(), f"{folder}/{kind}-{sys.argv[4]}{t.args.process_index or ''}.pt")
@@ -249,6 +254,11 @@ def test_trainer_under_torchrun(tmp_path, kind):
     launch(script, tmp_path, kind, 4, "two")
     one, two = (torch.load(tmp_path / f"{kind}-{n}.pt", weights_only=True) for n in ("one", "two"))
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
+    if kind == "default":
+        one, *two = (torch.load(tmp_path / f"suspects-{n}.pt", weights_only=True) for n in ("one", "two", "two1"))
+        assert torch.equal(*two) and one[:, 0].tolist() == list(range(64)) and one[:, 1].tolist() == [0, 1] * 32
+        assert torch.allclose(one, two[0], atol=1e-4)
+        assert (tmp_path / "report-two" / "report.html").is_file()
 
 
 def test_fewer_batches_than_processes(tmp_path):
