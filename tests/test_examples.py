@@ -1,10 +1,14 @@
 """The examples, on data small enough for a test."""
 
+import contextlib
+import io
 import json
-import os
+import logging
 import re
-import subprocess
+import runpy
 import sys
+import traceback
+import warnings
 from io import BytesIO
 from pathlib import Path
 
@@ -20,11 +24,26 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(name, *arguments, ok=True):
-    command = [sys.executable, "-W", "ignore", str(ROOT / "examples" / name), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert (process.returncode == 0) == ok, process.stdout[-2000:] + process.stderr[-3000:]
-    return process.stdout + process.stderr
+    """What an example prints. In this process: most of a short run would be imports."""
+    printed, handlers, level = io.StringIO(), logging.root.handlers[:], logging.root.level
+    code = 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        warnings.simplefilter("ignore")
+        try:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+            printed.write(f"{stop.code}" if isinstance(stop.code, str) else "")
+        except Exception:
+            code = 1
+            printed.write(traceback.format_exc())
+        finally:
+            logging.root.handlers[:] = handlers
+            logging.root.setLevel(level)
+    assert (code == 0) == ok, printed.getvalue()[-5000:]
+    return printed.getvalue()
 
 
 def wilds_rows(n=400):
