@@ -136,7 +136,8 @@ def macro_precision(predictions: Any, labels: Any, num_classes: int) -> float:
 def class_accuracies(predictions: Any, labels: Any, num_classes: int) -> np.ndarray:
     """Accuracy of each class, ``[C]``, NaN for a class without rows; ``predictions`` and ``labels`` are ``[N]``."""
     predictions, labels = np.asarray(predictions), np.asarray(labels)
-    return group_accuracies(predictions == labels, np.eye(num_classes, dtype=bool)[labels])
+    rows, right = (np.bincount(part, minlength=num_classes) for part in (labels, labels[predictions == labels]))
+    return np.divide(right, rows, out=np.full(num_classes, np.nan), where=rows > 0)
 
 
 def shot_accuracies(class_accuracy: Any, train_counts: Any, *, many: int = 100, few: int = 20) -> dict[str, float]:

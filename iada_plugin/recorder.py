@@ -19,8 +19,9 @@ from .streams import Curve, Reservoir
 _STEPS_WAITING = 64
 #: Ids are below this by default.
 MAX_ID = 2_000_000
-#: One value a sample, or one a sample and epoch.
-_RINGS = ("epsilon", "loss", "contradicted", "label", "predicted")
+#: One value a sample and epoch; and one a sample.
+_PER_EPOCH = ("epsilon", "loss", "contradicted")
+_RINGS = (*_PER_EPOCH, "label", "predicted")
 _PLAIN = ("seconds", "first_step", "last_step", "with_ids", "_held", "_epoch", "_world_size")
 _KINDS = ("warm-up", "IADA loss", "meta step")
 
@@ -92,7 +93,7 @@ class Recorder:
             ValueError: they are no row numbers ``[n]``, or some batches have them and others not.
         """
         if ids is not None:
-            if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool or ids.shape != (n,):
+            if not are_row_numbers(ids, n):
                 found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
                 raise ValueError(f"ids are {found}: pass the row numbers of the batch's {n} samples, integers [{n}].")
             if ids.device.type == "cpu":  # else when they are copied
@@ -196,7 +197,7 @@ class Recorder:
 
     def _grow(self, size: int) -> None:
         more = size - self.label.size
-        for name in ("epsilon", "loss", "contradicted"):
+        for name in _PER_EPOCH:
             values = getattr(self, name)
             setattr(
                 self, name, np.pad(values, ((0, 0), (0, more)), constant_values=0 if values.dtype == bool else np.nan)
@@ -221,9 +222,11 @@ class Recorder:
                 f"{self._world_size} processes have trained, of which {world_size()} can be asked what they have seen: call"
                 " suspects() and write() before dist.destroy_process_group()."
             )
-        own = self.state_dict()
         if world_size() == 1:
+            self.drain()
+            self._note_times()
             return self
+        own = self.state_dict()
         parts: list[dict[str, Any]] = [{} for _ in range(world_size())]
         dist.all_gather_object(parts, own)
         whole, *others = (self._copy_of(part) for part in parts)
@@ -300,7 +303,7 @@ class Recorder:
                 self.epsilon[row], self.loss[row] = np.nan, np.nan
             if epoch == self._held[row]:
                 seen = ~np.isnan(other.epsilon[row])
-                for name in ("epsilon", "loss", "contradicted"):
+                for name in _PER_EPOCH:
                     getattr(self, name)[row, seen] = getattr(other, name)[row, seen]
 
     def rows(self) -> dict[str, np.ndarray]:
@@ -339,6 +342,12 @@ class Recorder:
 def _add_counts(into: dict[int, np.ndarray], epoch: int, group: np.ndarray, epsilon: np.ndarray, groups: int) -> None:
     counts = np.stack([np.bincount(group, w, groups) for w in (None, epsilon > 0, epsilon)], axis=1)
     into[epoch] = into[epoch] + counts if epoch in into else counts
+
+
+def are_row_numbers(ids: Any, n: int) -> bool:
+    """Whether ``ids`` are integers ``[n]``."""
+    integers = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
+    return integers and ids.shape == (n,)
 
 
 def _check_range(ids: np.ndarray, limit: int) -> None:

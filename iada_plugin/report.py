@@ -144,6 +144,7 @@ class Report:
             max_id=int(max_id), step=iada.step,
             true_labels=None if true_labels is None else metrics.as_integers(true_labels, "true_labels"),
         )  # fmt: skip
+        self._limits = iada.config.epsilon_range
         self._iada: MetaIADA | None = iada
         self._kept: _Kept | None = None
         self._last: Recorder | None = None  # of all processes, once there is nothing more to come
@@ -214,28 +215,28 @@ class Report:
 
     def _table(self, recorder: Recorder) -> dict[str, np.ndarray]:
         """Samples with ids, the most suspect first."""
-        if not recorder.by_class:
-            raise RuntimeError(
-                "nothing is recorded: no batch was trained after the warm-up since this Report was made. Make it before training,"
-                " and see to it that the warm-up ends (warmup_epochs, epochs)."
-            )
         if not recorder.with_ids:
             raise RuntimeError(
                 "the batches had no sample ids, so that suspects cannot be named: call iada(output, target, ids=ids) with the row"
                 " numbers of the batch in the training set."
             )
         table = recorder.samples()
-        low, high = self._now().limits
+        low, high = self._limits
         table["suspicion"] = 0.5 * ((high - table["epsilon"]) / (high - low) + table["contradicted"])
         order = np.lexsort((-table["loss"], -table["suspicion"]))
         return {k: v[order] for k, v in table.items()}
 
     def _merged(self) -> Recorder:
-        if self._kept is None:
-            return self._recorder.merged()
-        if self._last is None:
-            self._last = self._recorder.merged()
-        return self._last
+        """What all processes have seen."""
+        recorder = self._last or self._recorder.merged()
+        if self._kept is not None:
+            self._last = recorder
+        if not recorder.by_class:
+            raise RuntimeError(
+                "nothing is recorded: no batch was trained after the warm-up since this Report was made. Make it before training,"
+                " and see to it that the warm-up ends (warmup_epochs, epochs)."
+            )
+        return recorder
 
     def _now(self) -> _Kept:
         if self._kept is not None:
@@ -277,15 +278,13 @@ class Report:
             RuntimeError: nothing was trained after the warm-up.
         """
         recorder, folder = self._merged(), Path(folder)
-        if not recorder.by_class:
-            self._table(recorder)  # says so
         if rank() == 0:
             with figures.own_style():
                 self._write(recorder, self._now(), folder)
         return folder / FILE
 
     def _write(self, recorder: Recorder, now: _Kept, folder: Path) -> None:
-        page, limits = Page(folder), now.limits
+        page, limits = Page(folder), self._limits
         names = self.class_names
         counts = np.max([c[:, 0] for c in recorder.by_class.values()], axis=0)  # of a whole epoch, where there was one
         rows = recorder.rows()
@@ -365,11 +364,9 @@ class Report:
                 k: metrics.confusion_matrix(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
             }
             page.section("confusion", figures.confusions(found, self.class_names))
-        values = {}
-        for key, e in self.evaluations.items():
-            rows = np.bincount(e.labels, minlength=num_classes)
-            right = np.bincount(e.labels, e.predictions == e.labels, num_classes)
-            values[key] = np.divide(right, rows, out=np.full(num_classes, np.nan), where=rows > 0)
+        values = {
+            k: metrics.class_accuracies(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
+        }
         page.section("class_accuracy", figures.accuracies(values, self.class_names))
         grouped = {k: e for k, e in self.evaluations.items() if e.groups}
         names = list(next(iter(grouped.values())).groups) if grouped else []
@@ -404,13 +401,12 @@ class _Kept(NamedTuple):
 
     network: PerturbationNetwork
     characteristics: list[str]
-    limits: tuple[float, float]
     eigenvalues: dict[int, np.ndarray]
     facts: dict[str, str]
 
     @classmethod
     def of(cls, iada: MetaIADA) -> _Kept:
-        head, config, spectra = iada.head, iada.config, {}
+        head, spectra = iada.head, {}
         if hasattr(head, "class_count"):  # not where another MetaIADA has taken this one's place
             seen = head.class_count.cpu().numpy()
             classes = np.argsort(-seen, kind="stable")[: int((seen > 0).sum())]
@@ -419,10 +415,11 @@ class _Kept(NamedTuple):
         names = [getattr(f, "__name__", repr(f)) for f in iada.statistics.characteristics]
         facts = {
             "Classifier": f"{iada.classifier_name} of {type(iada.model).__name__}, {head.in_features} features, {head.out_features} classes",
-            "Settings other than the defaults": ", ".join(f"{k}={v!r}" for k, v in config.changed().items()) or "none",
+            "Settings other than the defaults": ", ".join(f"{k}={v!r}" for k, v in iada.config.changed().items())
+            or "none",
             "Meta steps left out": str(iada.meta.skipped),
         }
         return cls(
-            copy.deepcopy(iada.meta.perturbation).cpu(), names, config.epsilon_range,
+            copy.deepcopy(iada.meta.perturbation).cpu(), names,
             {c: values for c, values in spectra.items() if len(values)}, facts,
         )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .capture import Hook
 from .distributed import rank, world_size
 from .engine import MetaIADA
-from .recorder import MAX_ID
+from .recorder import MAX_ID, are_row_numbers
 from .sample_ids import SAMPLE_IDS, number_samples
 
 if TYPE_CHECKING:
@@ -98,8 +98,8 @@ class TrainerReport:
         ids, self._ids = self._ids, None
         if self._without_ids:
             return None
-        if ids is None or ids.shape != (n,) or ids.is_floating_point() or ids.dtype == torch.bool:
-            found = "no row numbers" if ids is None else f"row numbers {ids.dtype} {list(ids.shape)}"
+        if not are_row_numbers(ids, n):
+            found = f"row numbers {ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else "no row numbers"
             warnings.warn(f"a training batch of {n} samples has {found}: the report will name no suspects.")
             self._without_ids = True
             self.report.forget_ids()
@@ -108,20 +108,15 @@ class TrainerReport:
 
     def note_pass(self, outputs: Any, labels: Any) -> None:
         """A pass in eval mode, which may be one of an evaluation."""
-        logits = (
-            outputs.get("logits")
-            if isinstance(outputs, Mapping)
-            else (*outputs, None)[1]
-            if isinstance(outputs, tuple)
-            else None
-        )
         self._candidate = None
-        if (
-            isinstance(logits, Tensor)
-            and isinstance(labels, Tensor)
-            and logits.dim() == 2
-            and not labels.is_floating_point()
-        ):
+        logits = None
+        if isinstance(outputs, Mapping):
+            logits = outputs.get("logits")
+        elif isinstance(outputs, tuple) and len(outputs) > 1:
+            logits = outputs[1]
+        if not (isinstance(logits, Tensor) and isinstance(labels, Tensor)):
+            return
+        if logits.dim() == 2 and not labels.is_floating_point():
             predictions, labels = logits.detach().argmax(dim=1), labels.detach().flatten()
             if predictions.shape == labels.shape:
                 self._candidate = predictions, labels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +157,9 @@ def decode(decoder: Callable[[Tensor], Tensor], features: Tensor, chunk: int = 2
     A decoder that was trained to give the training images back from their features shows what a feature vector stands for, as
     far as it lies where training features lie. If it is a module it runs in eval mode.
     """
-    modules = [m for m in decoder.modules() if m.training] if isinstance(decoder, nn.Module) else []
-    for module in modules:
-        module.training = False
-    try:
+    with _eval_mode(decoder) if isinstance(decoder, nn.Module) else nullcontext():
         flat = features.reshape(-1, features.shape[-1])
         images = torch.cat([decoder(part) for part in flat.split(chunk)])
-    finally:
-        for module in modules:
-            module.training = True
     return images.view(*features.shape[:-1], *images.shape[1:])
 
 
