@@ -26,14 +26,14 @@ from typing import Any
 import baselines
 import numpy as np
 import torch
+from compare import scenarios as make
+from compare.cli import without_nan
+from compare.methods import Method, run_method, versions, with_overrides
+from compare.scenarios import Scenario
 from scipy.stats import ttest_rel
 
 from iada_plugin import metrics
 from iada_plugin.data.civilcomments import GROUPS
-from iada_plugin.recipes import scenarios as make
-from iada_plugin.recipes.cli import without_nan
-from iada_plugin.recipes.methods import Method, run_method, versions, with_overrides
-from iada_plugin.recipes.scenarios import Scenario
 
 METHODS: dict[str, Method] = baselines.METHODS
 

@@ -2,7 +2,7 @@
 
 No part of the package: they exist so that a comparison runs in the same code, from the same weights, on the same batches.
 What the IADA head expresses by switching its terms (ISDA, ISDA + prior, MetaSAug with the prior term in the place of its
-class weights) is a setting, in `iada_plugin.recipes.methods`. docs/baselines.md says which of the paper's rows are left
+class weights) is a setting, in `compare.methods`. docs/baselines.md says which of the paper's rows are left
 out, and why.
 """
 
@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from compare.loop import Batches
+from compare.methods import IADA, METHODS, PAPER_STEP, CrossEntropy, Method, Run
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 from iada_plugin import MetaIADA
-from iada_plugin.characteristics import loss as loss_characteristic
 from iada_plugin.head import find_classifier
-from iada_plugin.hypergradient import HeadTangent
-from iada_plugin.meta_step import MetaStep
-from iada_plugin.recipes.loop import Batches
-from iada_plugin.recipes.methods import IADA, METHODS, PAPER_STEP, CrossEntropy, Method, Run
+from iada_plugin.meta.hypergradient import HeadTangent
+from iada_plugin.meta.learner import MetaStep
+from iada_plugin.perturbation.characteristics import loss as loss_characteristic
 
 # --------------------------------------------------------------------------------------------------- class imbalance
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from meter import PeakMemory, environment, interleaved, keep_freed_memory, ratio, table, write
 from torch import Tensor
 
-from iada_plugin.covariance import LowRank
 from iada_plugin.functional import iada_logits
+from iada_plugin.functional.covariance import LowRank
 
 SIZES = [(128, 100, 64), (128, 100, 640), (64, 1000, 2048), (64, 8142, 2048)]
 

@@ -32,21 +32,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from compare.networks import create_network
 from logits_cost import published_logits
 from meter import PeakMemory, environment, interleaved, keep_freed_memory, ratio, seconds, table, write
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import iada_plugin.hypergradient as hg
+import iada_plugin.meta.hypergradient as hg
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, Report
-from iada_plugin.characteristics import BatchState, compute_characteristics
-from iada_plugin.covariance import variances
-from iada_plugin.functional import direction_and_scale
+from iada_plugin.functional.logits import direction_and_scale
+from iada_plugin.functional.covariance import variances
 from iada_plugin.head import find_classifier
-from iada_plugin.perturbation import PerturbationNetwork
-from iada_plugin.recipes.networks import create_network
-from iada_plugin.recorder import Recorder
+from iada_plugin.perturbation.characteristics import BatchState, compute_characteristics
+from iada_plugin.perturbation.network import PerturbationNetwork
+from iada_plugin.report.recorder import Recorder
 
 # ----------------------------------------------------------------------------------------------------------- workloads
 

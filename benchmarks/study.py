@@ -18,9 +18,8 @@ from typing import Any
 
 import accuracy
 import numpy as np
-
-from iada_plugin.recipes import scenarios as make
-from iada_plugin.recipes.methods import PAPER, PAPER_STEP, run_method, versions, with_overrides
+from compare import scenarios as make
+from compare.methods import PAPER, PAPER_STEP, run_method, versions, with_overrides
 
 
 @dataclass

@@ -29,14 +29,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from compare import scenarios as make
+from compare.methods import METHODS, CrossEntropy, Method, Run, run_method, with_overrides
+from compare.networks import WideResNet
+from compare.scenarios import Scenario, Settings
 from meter import environment, table, write
 from torch import Tensor, nn
 
-from iada_plugin import figures, metrics
-from iada_plugin.recipes import scenarios as make
-from iada_plugin.recipes.methods import METHODS, CrossEntropy, Method, Run, run_method, with_overrides
-from iada_plugin.recipes.networks import WideResNet
-from iada_plugin.recipes.scenarios import Scenario, Settings
+from iada_plugin import metrics
+from iada_plugin.report import figures
 
 LAST, FOLDS = 5, 3
 

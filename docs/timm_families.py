@@ -14,8 +14,8 @@ import timm
 import torch
 from timm.layers import set_fused_attn
 
-from iada_plugin.capture import Capture
 from iada_plugin.head import convert_to_iada, find_classifier
+from iada_plugin.runtime.capture import Capture
 
 
 def smallest_model(module: str) -> str | None:

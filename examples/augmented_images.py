@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from compare import scenarios
+from compare.loop import Batches
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from iada_plugin import IADAConfig, MetaIADA
-from iada_plugin.recipes import scenarios
-from iada_plugin.recipes.loop import Batches
-from iada_plugin.visualize import augment_features, collect_features, decode, image_grid, nearest
+from iada_plugin.report.visualize import augment_features, collect_features, decode, image_grid, nearest
 
 
 def make_classifier(size: int, num_classes: int, width: int = 32) -> nn.Module:

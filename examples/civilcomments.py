@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from compare.cli import parse_config
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -43,9 +44,8 @@ from transformers.trainer_utils import get_last_checkpoint
 import iada_plugin
 from iada_plugin import IADAConfig, MetaIADACallback, Report, balanced_meta_split, last_complete_checkpoint
 from iada_plugin.data.civilcomments import GROUPS, Comments, read_civilcomments, synthetic_civilcomments
-from iada_plugin.figures import accuracies
 from iada_plugin.metrics import group_accuracies, worst_group_accuracy, worst_group_interval
-from iada_plugin.recipes.cli import parse_config
+from iada_plugin.report.figures import accuracies
 
 NAMES = {"ce": "cross-entropy", "iada": "Meta-IADA"}
 

@@ -9,7 +9,7 @@ clusters, six a class; ImageNet-GLT and MSCOCO-GLT bring theirs in their annotat
 class and attribute.
 """
 
-from iada_plugin.recipes import cli, scenarios
+from compare import cli, scenarios
 
 
 def main() -> None:

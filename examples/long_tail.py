@@ -10,7 +10,7 @@
 The meta set is taken from the training data first, ten samples a class; then the tail is cut.
 """
 
-from iada_plugin.recipes import cli, scenarios
+from compare import cli, scenarios
 
 
 def main() -> None:

@@ -9,8 +9,9 @@
 beside them. The meta set has clean labels and no other part of the data.
 """
 
+from compare import cli, scenarios
+
 from iada_plugin.data.noise import NOISE_KINDS
-from iada_plugin.recipes import cli, scenarios
 
 
 def main() -> None:

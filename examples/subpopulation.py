@@ -10,7 +10,7 @@ list_eval_partition and img_align_celeba/. The meta set is drawn from the valida
 them selects the epoch by worst-group accuracy. For texts see examples/civilcomments.py.
 """
 
-from iada_plugin.recipes import cli, scenarios
+from compare import cli, scenarios
 
 
 def main() -> None:

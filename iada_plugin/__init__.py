@@ -11,27 +11,27 @@ __version__ = "0.1.0"
 _HOME = {
     "IADAConfig": ".config",
     "IADAHead": ".head",
-    "MetaIADA": ".engine",
-    "MetaIADACallback": ".callback",
-    "MetaIADATask": ".timm_task",
+    "MetaIADA": ".criterion",
+    "MetaIADACallback": ".integrations.trainer",
+    "MetaIADATask": ".integrations.timm_task",
     "Report": ".report",
     "balanced_meta_split": ".data.meta",
-    "meta_dataloader": ".batches",
-    "last_complete_checkpoint": ".checkpoint",
+    "meta_dataloader": ".runtime.batches",
+    "last_complete_checkpoint": ".integrations.checkpoint",
 }
 
 __all__ = [*_HOME, "__version__"]
 
 if TYPE_CHECKING:
-    from .batches import meta_dataloader as meta_dataloader
-    from .callback import MetaIADACallback as MetaIADACallback
-    from .checkpoint import last_complete_checkpoint as last_complete_checkpoint
     from .config import IADAConfig as IADAConfig
+    from .criterion import MetaIADA as MetaIADA
     from .data.meta import balanced_meta_split as balanced_meta_split
-    from .engine import MetaIADA as MetaIADA
-    from .head import IADAHead as IADAHead
-    from .report import Report as Report
-    from .timm_task import MetaIADATask as MetaIADATask
+    from .head.layer import IADAHead as IADAHead
+    from .integrations.checkpoint import last_complete_checkpoint as last_complete_checkpoint
+    from .integrations.timm_task import MetaIADATask as MetaIADATask
+    from .integrations.trainer import MetaIADACallback as MetaIADACallback
+    from .report.report import Report as Report
+    from .runtime.batches import meta_dataloader as meta_dataloader
 
 
 def __getattr__(name: str) -> Any:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .sharding import part_like, whole_like
+from .runtime.sharding import part_like, whole_like
 
 if TYPE_CHECKING:
-    from .engine import MetaIADA
+    from .criterion import MetaIADA
 
 
 def collect(engine: MetaIADA) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, MetaIADACallback
 from iada_plugin import data as D
-from iada_plugin import functional as IF
-from iada_plugin.checkpoint import load_state, save_state
+from iada_plugin.functional import logits as IF
+from iada_plugin.integrations.checkpoint import load_state, save_state
 
 NAN, INF = float("nan"), float("inf")
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from compare.loop import Batches, Samples
+from compare.methods import Run
+from compare.scenario import Scenario, Settings, balanced_scores
 from models import MLP
 from sklearn.linear_model import LogisticRegression
 
 from iada_plugin import IADAConfig
-from iada_plugin.recipes.loop import Batches, Samples
-from iada_plugin.recipes.methods import Run
-from iada_plugin.recipes.scenario import Scenario, Settings, balanced_scores
 
 ROOT = Path(__file__).parents[1]
 
@@ -196,7 +196,7 @@ def test_retraining_the_last_layer():
 
 
 def test_train_plus_meta_is_both(tmp_path):
-    from iada_plugin.recipes.methods import run_method
+    from compare.methods import run_method
 
     run = make_run()
     seen = []

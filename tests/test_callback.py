@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from iada_plugin import IADAConfig, MetaIADACallback, last_complete_checkpoint
-from iada_plugin.callback import _check_arguments
-from iada_plugin.checkpoint import STATE_FILE
+from iada_plugin.integrations.checkpoint import STATE_FILE
+from iada_plugin.integrations.trainer import _check_arguments
 
 
 def dataset(n=32, num_labels=2, seed=0, **extra):
@@ -383,7 +383,7 @@ KILLED = """
     import os, signal, sys
     sys.path[:0] = [{tests!r}, {root!r}]
     import conftest, test_callback as here  # the same number of threads
-    from iada_plugin import callback as module
+    from iada_plugin.integrations import trainer as module
 
     real = module.os.replace
     def kill(source, target):

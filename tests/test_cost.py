@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from test_baselines import load
 
 from iada_plugin import IADAHead
-from iada_plugin import functional as IF
-from iada_plugin import hypergradient as hg
-from iada_plugin.covariance import put, relative_step, take
+from iada_plugin.functional import logits as IF
+from iada_plugin.functional.covariance import put, relative_step, take
+from iada_plugin.meta import hypergradient as hg
 
 meter = load("meter")
 logits_cost = load("logits_cost")
@@ -61,9 +61,9 @@ def test_inaturalist_fits_beside_the_model(covariance, rank):
 
 def test_the_head_compiles_in_one_piece(monkeypatch):
     """With the static shapes of a GPU: no graph break."""
-    from iada_plugin.covariance import LowRank, padded_classes
+    from iada_plugin.functional.covariance import LowRank, padded_classes
 
-    monkeypatch.setattr("iada_plugin.functional.present_classes", padded_classes)
+    monkeypatch.setattr("iada_plugin.functional.logits.present_classes", padded_classes)
     h, w, b = (torch.randn(*shape, requires_grad=True) for shape in ((8, 6), (5, 6), (5,)))
     y, epsilon, prior = torch.arange(8) % 5, torch.rand(8), torch.zeros(5)
     for covariance in (torch.rand(5, 6), torch.eye(6).repeat(5, 1, 1), LowRank(torch.rand(5, 6), torch.randn(5, 6, 2))):

@@ -8,7 +8,6 @@ from sklearn.metrics import recall_score
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from iada_plugin import balanced_meta_split
-from iada_plugin.batches import EndlessBatches, meta_dataloader
 from iada_plugin.data import labels_of, long_tail_counts, long_tail_subset
 from iada_plugin.data.civilcomments import GROUPS, IDENTITIES, read_civilcomments, synthetic_civilcomments
 from iada_plugin.metrics import (
@@ -18,6 +17,7 @@ from iada_plugin.metrics import (
     worst_group_accuracy,
     worst_group_interval,
 )
+from iada_plugin.runtime.batches import EndlessBatches, meta_dataloader
 
 
 def test_balanced_by_class():

@@ -14,10 +14,10 @@ from models import MLP, distilbert, tokens
 from torch.nn.parallel import DistributedDataParallel
 
 from iada_plugin import IADAConfig, MetaIADA, Report
-from iada_plugin.distributed import gather_rows, global_mean, weighted_average_
+from iada_plugin.runtime.processes import gather_rows, global_mean, weighted_average_
 
 try:
-    from iada_plugin.timm_task import MetaIADATask
+    from iada_plugin.integrations.timm_task import MetaIADATask
 except ImportError:
     MetaIADATask = None
 

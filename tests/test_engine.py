@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
-from iada_plugin.perturbation import PerturbationNetwork
+from iada_plugin.perturbation.network import PerturbationNetwork
 
 NEUTRAL = {"alpha": 0.0, "beta": 0.0, "meta_lr": 1e-30}
 

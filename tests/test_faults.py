@@ -14,10 +14,10 @@ from models import MLP, ConvNet
 from torch import nn
 
 from iada_plugin import IADAConfig, MetaIADA, meta_dataloader
-from iada_plugin import hypergradient as hg
-from iada_plugin import meta_step as meta_step_module
-from iada_plugin.batches import MetaLoaderError
-from iada_plugin.meta_step import PATIENCE
+from iada_plugin.meta import hypergradient as hg
+from iada_plugin.meta import learner as meta_step_module
+from iada_plugin.meta.learner import PATIENCE
+from iada_plugin.runtime.batches import MetaLoaderError
 
 SETTINGS = {
     "lookahead": {},

@@ -4,9 +4,8 @@ import torch.nn.functional as F
 from oracles import naive_logits, naive_variance_term
 
 from iada_plugin import IADAHead
-from iada_plugin import functional as IF
-from iada_plugin import hypergradient as hg
-from iada_plugin.covariance import (
+from iada_plugin.functional import logits as IF
+from iada_plugin.functional.covariance import (
     LowRank,
     padded_classes,
     plain_step,
@@ -14,6 +13,7 @@ from iada_plugin.covariance import (
     update_class_statistics,
     variances,
 )
+from iada_plugin.meta import hypergradient as hg
 
 
 def data(n=7, c=5, h=6, full=True, dtype=torch.float64):
@@ -98,7 +98,7 @@ def test_the_closed_form_gradients_of_every_argument(kind, fixed_shift, in_margi
 @pytest.mark.parametrize("pieces", [1, 70])
 @pytest.mark.parametrize("classes", [5, 9])  # more classes than features keep other tensors for the backward pass
 def test_full_covariances_in_pieces(pieces, classes, monkeypatch):
-    monkeypatch.setattr("iada_plugin.variance.CHUNK_ELEMENTS", pieces)
+    monkeypatch.setattr("iada_plugin.functional.variance.CHUNK_ELEMENTS", pieces)
     h, w, b, y, e, s, p = data(n=20, c=classes)
     w.requires_grad_()
     found, expected = IF.iada_logits(h, w, b, y, e, s, p), naive_logits(h, w, b, y, e, s, p, 0.5, 1.0)
@@ -331,7 +331,7 @@ def test_low_rank_step():
 def test_samples_that_do_not_count_take_no_place(kind, padded, monkeypatch):
     """Non-finite ones first in the largest class, whose other samples must all count."""
     if padded:
-        monkeypatch.setattr("iada_plugin.covariance.present_classes", padded_classes)
+        monkeypatch.setattr("iada_plugin.functional.covariance.present_classes", padded_classes)
     h, y = torch.randn(9, 6, dtype=torch.float64), torch.tensor([2, 2, 2, 2, 0, 2, 2, 0, 2])
     weight = torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1.0])
     found = []

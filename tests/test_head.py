@@ -7,7 +7,7 @@ from models import ConvNet
 from torch import nn
 
 from iada_plugin import IADAHead
-from iada_plugin.covariance import FULL_COVARIANCE_BUDGET, covariance_shapes
+from iada_plugin.functional.covariance import FULL_COVARIANCE_BUDGET, covariance_shapes
 from iada_plugin.head import convert_to_iada, find_classifier, restore_linear
 
 

@@ -9,7 +9,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from iada_plugin import IADAConfig, MetaIADA
-from iada_plugin import hypergradient as hg
+from iada_plugin.meta import hypergradient as hg
+from iada_plugin.runtime import precision
 
 
 def text_problem(dropout, attention="eager"):
@@ -206,9 +207,9 @@ def test_tf32_is_off_inside_the_difference_only(new_switch):
         for place in places:
             setattr(place, name, "tf32" if new_switch else True)
         switched_on = [getattr(place, name) for place in places]
-        assert hg.tf32_enabled()
-        with pytest.raises(KeyError), hg.full_precision("cuda"):
-            assert not hg.tf32_enabled()
+        assert precision.tf32_enabled()
+        with pytest.raises(KeyError), precision.full_precision("cuda"):
+            assert not precision.tf32_enabled()
             raise KeyError
         assert [getattr(place, name) for place in places] == switched_on  # readable, and on
         if not new_switch:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from iada_plugin import IADAConfig, MetaIADA
-from iada_plugin.batches import meta_dataloader
+from iada_plugin.runtime.batches import meta_dataloader
 
 SCRIPT = Path(__file__).resolve().with_name("killable.py")
 

@@ -12,8 +12,8 @@ from models import MLP, ConvNet
 from test_engine import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, MetaIADA
-from iada_plugin import covariance as covariances
-from iada_plugin.passes import Passes
+from iada_plugin.functional import covariance as covariances
+from iada_plugin.meta.passes import Passes
 
 N = 12
 
@@ -376,7 +376,7 @@ def test_padded_classes_train_the_same(covariance, monkeypatch):
     results = []
     for padded in (False, True):
         if padded:
-            for place in ("covariance", "functional", "hypergradient"):
+            for place in ("functional.covariance", "functional.logits", "meta.hypergradient"):
                 monkeypatch.setattr(f"iada_plugin.{place}.present_classes", covariances.padded_classes)
         torch.manual_seed(0)
         model = MLP(classes=7).double()

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from iada_plugin import IADAConfig, MetaIADA
-from iada_plugin.virtual_step import LossScale, loss_gradient
+from iada_plugin.meta.virtual_step import LossScale, loss_gradient
 
 CUDA = DEVICE.type == "cuda"
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and not CUDA, reason="inductor needs a C++ compiler")
@@ -153,8 +153,8 @@ def test_compiled(schedule, how):
 @pytest.mark.parametrize("kind", ["full", "low rank"])
 def test_inductor_keeps_the_logits_and_their_gradients(kind):
     """A function that users may compile themselves."""
-    from iada_plugin.covariance import LowRank
     from iada_plugin.functional import iada_logits
+    from iada_plugin.functional.covariance import LowRank
 
     torch.compiler.reset()
     h, w, b = (torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in ((8, 6), (5, 6), (5,)))

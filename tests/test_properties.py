@@ -12,12 +12,12 @@ from oracles import naive_logits, naive_variance_term
 from torch import nn
 
 from iada_plugin import IADAHead
-from iada_plugin import functional as IF
-from iada_plugin.capture import Capture
-from iada_plugin.covariance import LowRank, update_class_statistics, variances
+from iada_plugin.functional import logits as IF
+from iada_plugin.functional.covariance import LowRank, update_class_statistics, variances
 from iada_plugin.head import convert_to_iada, restore_linear
-from iada_plugin.hypergradient import displaced
-from iada_plugin.isolation import isolated, rng_state
+from iada_plugin.meta.hypergradient import displaced
+from iada_plugin.runtime.capture import Capture
+from iada_plugin.runtime.isolation import isolated, rng_state
 
 hypothesis = pytest.importorskip("hypothesis")
 st, given = hypothesis.strategies, hypothesis.given

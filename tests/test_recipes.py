@@ -8,15 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compare import scenarios
+from compare.cli import parse_config
+from compare.loop import Batches, Samples, crop_and_flip, fit
+from compare.methods import METHODS, run_method, with_overrides
+from compare.networks import AveragingNetwork, CifarResNet, WideResNet, create_network
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from test_baselines import load
-
-from iada_plugin.recipes import scenarios
-from iada_plugin.recipes.cli import parse_config
-from iada_plugin.recipes.loop import Batches, Samples, crop_and_flip, fit
-from iada_plugin.recipes.methods import METHODS, run_method, with_overrides
-from iada_plugin.recipes.networks import AveragingNetwork, CifarResNet, WideResNet, create_network
 
 ROOT = Path(__file__).parents[1]
 

@@ -23,13 +23,14 @@ from sklearn.metrics import precision_recall_curve, roc_auc_score
 from test_callback import arguments, dataset, distilbert, trainer
 from transformers import Trainer, TrainerCallback
 
-from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback, Report, figures, metrics
-from iada_plugin.analysis import eigenvalues, explain
-from iada_plugin.covariance import LowRank
-from iada_plugin.perturbation import PerturbationNetwork
-from iada_plugin.recorder import Recorder
-from iada_plugin.streams import Curve, Reservoir
-from iada_plugin.trainer_report import _class_names
+from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback, Report, metrics
+from iada_plugin.functional.covariance import LowRank
+from iada_plugin.integrations.trainer_report import _class_names
+from iada_plugin.perturbation.network import PerturbationNetwork
+from iada_plugin.report import figures
+from iada_plugin.report.analysis import eigenvalues, explain
+from iada_plugin.report.recorder import Recorder
+from iada_plugin.report.streams import Curve, Reservoir
 
 ROOT = Path(__file__).parents[1]
 N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
@@ -197,7 +198,7 @@ def test_without_matplotlib():
         import sys
         sys.modules["matplotlib"] = None
         from iada_plugin import *
-        import torch, iada_plugin.visualize
+        import torch, iada_plugin.report.visualize
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
         batch = torch.randn(4, 2), torch.arange(4) % 2
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

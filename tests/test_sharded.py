@@ -11,7 +11,7 @@ from test_distributed import STEPS, finish, launch, part, start
 from torch import nn
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
-from iada_plugin.checkpoint import load_state, save_state
+from iada_plugin.integrations.checkpoint import load_state, save_state
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 needs_fsdp2 = pytest.mark.skipif(not hasattr(fsdp, "fully_shard"), reason="FSDP2 came with torch 2.6")

@@ -184,9 +184,9 @@ def test_task_without_an_optimizer():
 def test_an_old_timm_is_named():
     if MetaIADATask is not None:
         pytest.skip("this timm has timm.task")
-    sys.modules.pop("iada_plugin.timm_task", None)
+    sys.modules.pop("iada_plugin.integrations.timm_task", None)
     with pytest.raises(ImportError, match=r"timm >= 1.0.23"):
-        import iada_plugin.timm_task  # noqa: F401
+        import iada_plugin.integrations.timm_task  # noqa: F401
 
 
 def test_nothing_imports_what_a_user_does_not_have():

@@ -7,9 +7,9 @@ from models import ConvNet, distilbert, tokens
 from torch import nn
 
 from iada_plugin import IADAConfig, MetaIADA
-from iada_plugin.characteristics import compute_characteristics
-from iada_plugin.covariance import LowRank
-from iada_plugin.visualize import augment_features, collect_features, decode, image_grid, nearest, sample_noise
+from iada_plugin.functional.covariance import LowRank
+from iada_plugin.perturbation.characteristics import compute_characteristics
+from iada_plugin.report.visualize import augment_features, collect_features, decode, image_grid, nearest, sample_noise
 
 
 def trained(model, batch, steps=6, **config):

@@ -1,0 +1,198 @@
+"""One training loop for every scenario and every loss."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from iada_plugin.data.images import ImageFiles
+
+
+@dataclass
+class Samples:
+    """Labelled samples.
+
+    Attributes:
+        x: ``[N, ...]`` images or padded word indices (integers, 0 is padding), or files to load images from.
+        y: ``[N]`` labels to train on.
+        groups: ``[N]`` group of each sample, or ``[N, G]`` memberships, for metrics and for the methods that use groups.
+        clean: ``[N]`` true labels where ``y`` is noisy.
+    """
+
+    x: Tensor | ImageFiles
+    y: Tensor
+    groups: Tensor | None = None
+    clean: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def select(self, rows: Any) -> Samples:
+        """The given rows."""
+        rows = torch.as_tensor(rows, dtype=torch.long)
+        parts = [None if t is None else t[rows] for t in (self.y, self.groups, self.clean)]
+        x = self.x.select(rows.tolist()) if isinstance(self.x, ImageFiles) else self.x[rows]
+        return Samples(x, *parts)  # type: ignore[arg-type]
+
+    def to(self, device: str) -> Samples:
+        """Tensors on ``device``; files stay where they are."""
+        parts = [None if t is None else t.to(device) for t in (self.y, self.groups, self.clean)]
+        x = self.x if isinstance(self.x, ImageFiles) else self.x.to(device)
+        return Samples(x, *parts)  # type: ignore[arg-type]
+
+
+class Batches:
+    """Batches ``(x, y)``, or ``(x, y, rows)``, of samples; random order and augmentation from torch's random state.
+
+    Args:
+        samples: what to cut into batches.
+        batch_size: the last batch may be smaller.
+        augment: applied to a batch of ``x``.
+        shuffle: new order in every pass.
+        rows: give the indices too, ``[N]``.
+        workers: processes that load files.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        *,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        shuffle: bool = True,
+        rows: bool = False,
+        workers: int = 0,
+    ) -> None:
+        self.samples, self.batch_size, self.augment = samples, batch_size, augment
+        self.shuffle, self.rows, self.workers = shuffle, rows, workers
+
+    @property
+    def targets(self) -> Tensor:
+        """``[N]``, so that a meta set's labels can be checked without loading it."""
+        return self.samples.y
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        samples, n = self.samples, len(self.samples)
+        order = torch.randperm(n) if self.shuffle else torch.arange(n)
+        parts = order.to(samples.y.device).split(self.batch_size)
+        for rows, x in zip(parts, self._inputs(parts), strict=True):
+            if not x.is_floating_point():
+                x = x[:, : int((x != 0).sum(dim=1).max().clamp_min(1))]  # texts: cut the padding
+            x = self.augment(x) if self.augment else x
+            yield (x, samples.y[rows], rows) if self.rows else (x, samples.y[rows])
+
+    def _inputs(self, parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
+        x = self.samples.x
+        if isinstance(x, Tensor):
+            return (x[rows] for rows in parts)
+        loader = torch.utils.data.DataLoader(
+            x, batch_sampler=[rows.tolist() for rows in parts], num_workers=self.workers
+        )
+        return (images.to(self.samples.y.device) for images, _ in loader)
+
+
+def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]:
+    """Random crop after padding with zeros, and a random flip, of a whole batch ``[N, C, H, W]`` on its own device."""
+
+    def augment(x: Tensor) -> Tensor:
+        n, _, height, width = x.shape
+        if pad:
+            padded = F.pad(x, (pad,) * 4)
+            dy, dx = torch.randint(0, 2 * pad + 1, (2, n)).to(x.device)
+            rows = dy[:, None] + torch.arange(height, device=x.device)
+            cols = dx[:, None] + torch.arange(width, device=x.device)
+            sample = torch.arange(n, device=x.device)[:, None, None]
+            x = padded[sample, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
+        if flip:
+            x = torch.where((torch.rand(n) < 0.5).to(x.device)[:, None, None, None], x.flip(3), x)
+        return x.contiguous(memory_format=torch.channels_last)
+
+    return augment
+
+
+@torch.no_grad()
+def predict(model: nn.Module, samples: Samples, workers: int = 0) -> Tensor:
+    """Predicted classes ``[N]``, on the CPU; the model is left in eval mode."""
+    model.eval()
+    batches = Batches(samples, 500 if isinstance(samples.x, Tensor) else 100, shuffle=False, workers=workers)
+    return torch.cat([model(x).argmax(dim=1).cpu() for x, _ in batches])
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    criterion: Any,
+    optimizer: torch.optim.Optimizer,
+    epochs: int,
+    *,
+    scheduler: Any = None,
+    validate: Callable[[nn.Module], float] | None = None,
+    keep_best_after: float | None = None,
+    description: str = "train",
+) -> tuple[list[dict[str, float]], float]:
+    """Train, with a progress bar.
+
+    Args:
+        model: trained in place.
+        batches: made with ``rows=True``.
+        criterion: ``criterion(output, y, rows) -> loss``. Optional methods: ``begin_epoch(k)``, ``mix(x, y, rows) -> x, y`` before
+            the forward pass, ``pop_metrics()``.
+        optimizer: of the model.
+        epochs: passes over ``batches``.
+        scheduler: stepped after every epoch.
+        validate: score of the model after each epoch, on validation data.
+        keep_best_after: end with the weights of the best validation score among the epochs after this one; ``None``: the
+            last.
+        description: of the bar.
+
+    Returns:
+        One dict an epoch (loss, train_accuracy, validation, the criterion's metrics), and seconds spent training.
+    """
+    curve: list[dict[str, float]] = []
+    best, kept, seconds = -float("inf"), None, 0.0
+    for epoch in (bar := tqdm(range(epochs), desc=description)):
+        start = time.perf_counter()
+        model.train()
+        if hasattr(criterion, "begin_epoch"):
+            criterion.begin_epoch(epoch)
+        total = right = 0.0
+        for x, y, rows in batches:
+            if hasattr(criterion, "mix"):
+                x, y = criterion.mix(x, y, rows)
+            output = model(x)
+            loss = criterion(output, y, rows)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(x)
+            right += (output.detach().argmax(dim=1) == (y if y.dim() == 1 else y.argmax(dim=1))).sum()
+        if scheduler is not None:
+            scheduler.step()
+        log = {"loss": float(total) / len(batches.samples), "train_accuracy": float(right) / len(batches.samples)}
+        seconds += time.perf_counter() - start
+        if not torch.isfinite(torch.tensor(log["loss"])):
+            raise RuntimeError(
+                f"{description}: the loss is {log['loss']} in epoch {epoch + 1}: lower the learning rate."
+            )
+        if hasattr(criterion, "pop_metrics"):
+            log |= {k: round(v, 4) for k, v in criterion.pop_metrics().items()}
+        if validate is not None:
+            log["validation"] = validate(model)
+            if keep_best_after is not None and epoch >= keep_best_after and log["validation"] > best:
+                best, kept = log["validation"], copy.deepcopy(model.state_dict())
+        curve.append({"epoch": epoch + 1, **{k: round(v, 5) for k, v in log.items()}})
+        bar.set_postfix({k.removeprefix("iada/"): f"{v:.3f}" for k, v in log.items() if k.count("/") < 2})
+    if kept is not None:
+        model.load_state_dict(kept)
+    return curve, seconds

@@ -1,0 +1,269 @@
+"""Running a method on a scenario, and the methods that are settings of the IADA loss."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from iada_plugin import __version__
+from iada_plugin.config import IADAConfig
+from iada_plugin.criterion import MetaIADA
+from iada_plugin.metrics import auroc
+from iada_plugin.runtime.isolation import seed_rng
+
+from .loop import Batches, Samples, fit, predict
+from .scenario import Scenario, Settings
+
+
+@dataclass
+class Run:
+    """What a method may look at. ``config`` holds settings of `IADAConfig` asked for by the user."""
+
+    scenario: Scenario
+    settings: Settings
+    train: Samples
+    meta: Samples
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    steps_per_epoch: int
+    seed: int
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> Tensor:
+        """``[C]`` training samples of each class."""
+        return torch.bincount(self.train.y, minlength=self.scenario.num_classes)
+
+    def meta_batches(self, config: IADAConfig) -> Batches:
+        """Batches of the meta set, augmented as in training."""
+        size = self.settings.meta_batch_size or config.meta_batch(self.settings.batch_size)
+        size = math.ceil(len(self.meta) / math.ceil(len(self.meta) / size))  # no small rest
+        return Batches(self.meta, size, augment=self.scenario.augment, workers=self.settings.workers)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        title: for tables.
+        criterion: makes ``criterion(output, y, rows) -> loss``; `fit` tells what else it may have.
+        add_meta: train on the meta samples too.
+        finish: called after training, with the run and the criterion.
+    """
+
+    title: str
+    criterion: Callable[[Run], Any]
+    add_meta: bool = False
+    finish: Callable[[Run, Any], None] | None = None
+
+
+class CrossEntropy:
+    """Cross-entropy; keeps each sample's last loss, the usual signal of a wrong label."""
+
+    def __init__(self, run: Run) -> None:
+        self.signal = torch.zeros(len(run.train), device=run.train.y.device)
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """Mean loss."""
+        loss = F.cross_entropy(output, y, reduction="none")
+        self.signal[rows] = loss.detach()
+        return loss.mean()
+
+
+class IADA:
+    """Meta-IADA as `fit` calls it; keeps each sample's last epsilon, with its sign turned: large for wrong labels."""
+
+    def __init__(self, run: Run, engine: type[MetaIADA] = MetaIADA, **config: Any) -> None:
+        if fixed := sorted(set(config) & set(run.config)):
+            raise ValueError(f"this method has its own {', '.join(fixed)}: use 'iada' to choose.")
+        config = {
+            "warmup_ratio": run.settings.warmup_ratio,
+            "seed": run.seed,
+            **run.settings.config,
+            **run.config,
+            **config,
+        }
+        settings = IADAConfig(**config)
+        self.engine = engine(
+            run.model, run.optimizer, meta_loader=run.meta_batches(settings), class_counts=run.counts,
+            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=settings,
+        )  # fmt: skip
+        #: Epochs that must not be selected as the method's result.
+        self.warmup_epochs = math.ceil(self.engine.warmup_steps / run.steps_per_epoch)
+        self.signal = torch.zeros(len(run.train), device=run.train.y.device)
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        """The engine's loss."""
+        loss = self.engine(output, y, ids=rows)
+        if self.engine.epsilon is not None:
+            self.signal[rows] = -self.engine.epsilon.to(self.signal.dtype)
+        return loss
+
+    def pop_metrics(self) -> dict[str, float]:
+        """The engine's log."""
+        return self.engine.pop_metrics()
+
+    def close(self) -> None:
+        """Give the classifier back as it was."""
+        self.engine.close()
+
+
+def iada_method(title: str, **config: Any) -> Method:
+    """Meta-IADA with these settings of `IADAConfig`."""
+    return Method(title, lambda run: IADA(run, **config))
+
+
+#: epsilon = 0 and the covariances as estimated: no meta step.
+_NOTHING_LEARNED = {"meta_lr": 0.0, "covariance_lr": 0.0}
+
+#: The published meta step: a virtual step in every step.
+PAPER_STEP = {"schedule": "lookahead", "meta_every": 1, "meta_momentum": 0.0}
+#: The perturbation and the warm-up as published, too.
+PAPER = {
+    **PAPER_STEP,
+    "epsilon_range": (-1, 1),
+    "perturbation_scale": "unit",
+    "perturbation_size": 1.0,
+    "fixed_shift": False,
+    "prior_in_warmup": False,
+}
+
+METHODS: dict[str, Method] = {
+    "ce": Method("cross-entropy", CrossEntropy),
+    "iada": iada_method("Meta-IADA"),
+    "iada_online": iada_method("Meta-IADA, cheap meta step", schedule="online", meta_every=5),
+    "iada_paper": iada_method("Meta-IADA, paper's perturbation", **PAPER),
+    "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
+    "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
+    "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0, **PAPER_STEP),
+}  # fmt: skip
+
+
+def make_optimizer(model: nn.Module, settings: Settings) -> tuple[torch.optim.Optimizer, Any]:
+    """Optimizer and learning-rate schedule (x ``gamma`` at ``milestones``, shares of the run)."""
+    optimizer: torch.optim.Optimizer
+    if settings.optimizer == "sgd":
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.weight_decay
+        )
+    elif settings.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    else:
+        raise ValueError(f"optimizer={settings.optimizer!r} is none of 'sgd', 'adamw'.")
+    milestones = [round(share * settings.epochs) for share in settings.milestones]
+    return optimizer, torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, settings.gamma)
+
+
+def run_method(
+    scenario: Scenario,
+    method: Method,
+    *,
+    settings: Settings | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    config: dict[str, Any] | None = None,
+    test: bool = True,
+    report: bool = False,
+) -> dict[str, Any]:
+    """Train one method on one scenario.
+
+    Every method starts from the same weights (``seed``) and has the same epochs and optimizer.
+
+    Args:
+        scenario: data.
+        method: how to train.
+        settings: by default the scenario's.
+        seed: of weights, order, augmentation and the method.
+        device: to train on.
+        config: settings of `IADAConfig`, for the methods that have one.
+        test: score the test samples; off while settings are chosen.
+        report: collect a `Report`, where the method has the IADA loss.
+
+    Returns:
+        ``metrics`` (test), ``validation``, ``config`` (of the IADA loss, where the method has it), ``curve``, ``seconds``, ``predictions`` and, where true labels are known,
+        ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first. With ``report``, the `Report` or ``None``.
+    """
+    settings = settings or scenario.settings
+    seed_rng(torch.device(device), seed)  # Python's and NumPy's too: image transforms draw from them
+    model = scenario.network(settings.model).to(device)
+    if next(model.parameters()).is_floating_point() and any(p.dim() == 4 for p in model.parameters()):
+        model = model.to(memory_format=torch.channels_last)
+    train, meta = scenario.train.to(device), scenario.meta.to(device)
+    if method.add_meta:
+        train = _joined(train, meta)
+    batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True, workers=settings.workers)
+    optimizer, scheduler = make_optimizer(model, settings)
+    run = Run(scenario, settings, train, meta, model, optimizer, len(batches), seed, config or {})
+    seed_rng(torch.device(device), seed + 1)  # the same batches for every method until one of them draws differently
+    criterion = method.criterion(run)
+    val = None if scenario.val is None else scenario.val.to(device)
+    watching = _report(criterion.engine, scenario, train) if report and hasattr(criterion, "engine") else None
+
+    def validate(model: nn.Module) -> float:
+        return next(iter(scenario.score(predict(model, val, settings.workers), scenario.val).values()))  # type: ignore[arg-type]
+
+    first = getattr(criterion, "warmup_epochs", 0) if scenario.keep_best and val is not None else None
+    curve, seconds = fit(
+        model, batches, criterion, optimizer, settings.epochs, scheduler=scheduler,
+        validate=None if val is None else validate, keep_best_after=first, description=method.title,
+    )  # fmt: skip
+    start = time.perf_counter()
+    if hasattr(criterion, "close"):
+        criterion.close()
+    if method.finish is not None:
+        method.finish(run, criterion)
+    seconds += time.perf_counter() - start
+    found: dict[str, Any] = {"curve": curve, "seconds": round(seconds, 1)}
+    if report:
+        found["report"] = watching
+    if val is not None:
+        found["validation"] = scenario.score(predict(model, val, settings.workers), scenario.val)  # type: ignore[arg-type]
+    if hasattr(criterion, "engine"):
+        found["config"] = criterion.engine.config.to_dict()
+    if test:
+        predictions = predict(model, scenario.test.to(device), settings.workers)
+        found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}
+    found["noise_auroc"] = _noise_auroc(criterion, train)
+    return found
+
+
+def _joined(train: Samples, meta: Samples) -> Samples:
+    if not isinstance(train.x, Tensor) or not isinstance(meta.x, Tensor):
+        raise ValueError("training on the meta samples too needs images that are in memory.")
+    clean = None if train.clean is None else torch.cat([train.clean, meta.y])
+    return Samples(torch.cat([train.x, meta.x]), torch.cat([train.y, meta.y]), None, clean)
+
+
+def _report(engine: MetaIADA, scenario: Scenario, train: Samples) -> Any:
+    from iada_plugin.report.report import Report  # needs Matplotlib
+
+    words = isinstance(train.x, Tensor) and not train.x.is_floating_point()
+    samples = None if words else train.x
+    return Report(engine, class_names=scenario.class_names, true_labels=train.clean, samples=samples, max_id=len(train))
+
+
+def _noise_auroc(criterion: Any, train: Samples) -> float | None:
+    """Area under the ROC curve of the criterion's signal as a detector of wrong labels."""
+    signal = getattr(criterion, "signal", None)
+    if signal is None or train.clean is None or not bool((wrong := train.clean != train.y).any()):
+        return None
+    return auroc(signal.cpu().numpy(), wrong.cpu().numpy())
+
+
+def versions() -> dict[str, str]:
+    """Of what a result depends on."""
+    return {"iada_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def with_overrides(settings: Settings, **overrides: Any) -> Settings:
+    """Settings with everything that is not ``None`` in its place."""
+    return replace(settings, **{k: v for k, v in overrides.items() if v is not None})

@@ -1,0 +1,37 @@
+"""Labels as class indices, or a clear error."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def is_soft(target: Tensor, output: Tensor) -> bool:
+    """Whether targets are class probabilities, as mixup gives them."""
+    return target.is_floating_point() and target.shape == output.shape
+
+
+def check_labels(labels: Tensor, n: int, num_classes: int, *, always: bool) -> None:
+    """Labels are ``[n]`` class indices below ``num_classes``.
+
+    On an accelerator reading their range costs a wait: it is done where ``always`` is set, else the indexing by labels
+    asserts it on the device.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels are {labels.dtype}: IADA needs class indices, one per sample: labels.long() where they are whole"
+                         " numbers, labels.argmax(1) where they are one-hot.")  # fmt: skip
+    if labels.dim() != 1 or labels.shape[0] != n:
+        raise ValueError(f"labels have shape {list(labels.shape)}: IADA needs class indices [N], one per sample"
+                         " (squeeze(1) a column; argmax(1) one-hot rows; give a loader of batches, not of samples).")  # fmt: skip
+    if n == 0:
+        raise ValueError("a batch has no sample.")
+    if labels.device.type == "cpu" or always:
+        wrong = labels[(labels < 0) | (labels >= num_classes)]
+        if wrong.numel():
+            raise ValueError(
+                f"label {int(wrong[0])} is out of range: the classifier has {num_classes} classes,"
+                f" 0 to {num_classes - 1}."
+            )

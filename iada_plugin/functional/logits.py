@@ -1,0 +1,291 @@
+"""IADA logits as pure functions of tensors.
+
+Notation of Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentation" (IJCAI 2024): N samples,
+C classes, H features of the last layer ``W h + b``, p = softmax(W h + b), e_y one-hot, Sigma_y the covariance of class y.
+Every covariance argument is ``[C, H, H]`` (full), ``[C, H]`` (its diagonal) or a `LowRank`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .covariance import Covariance, LowRank, present_classes, take
+from .variance import (
+    class_variance_term,
+    covariance_gradient,
+    full_variance_term,
+    full_weight_gradient,
+    low_rank_gradient,
+    low_rank_variance_term,
+    low_rank_weight_gradient,
+)
+
+
+def _indices(labels: Tensor | None, n: int | None, num_classes: int) -> Tensor:
+    """The labels as int64. Their values are looked at on a CPU only, and not in a compiled function.
+
+    Raises:
+        ValueError: labels that are no class indices ``[n]``, or of any length where ``n`` is ``None``.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels={labels!r:.40}: IADA needs a tensor [N] of class indices.")
+    if not torch.compiler.is_compiling():
+        from .labels import check_labels
+
+        check_labels(labels, labels.numel() if n is None else n, num_classes, always=False)
+    return labels.long()
+
+
+def _check_shapes(
+    weight: Tensor,
+    n: int,
+    covariance: Covariance | None,
+    features: Tensor | None = None,
+    epsilon: Tensor | None = None,
+    log_prior: Tensor | None = None,
+) -> None:
+    """Refuse what does not fit a weight ``[C, H]`` and n samples; a compiled function refuses by itself."""
+    if torch.compiler.is_compiling():
+        return
+    c, h = weight.shape
+    low = isinstance(covariance, LowRank)
+    diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
+    for name, value, *wanted in (
+        ("features", features, (n, h)),
+        ("epsilon", epsilon, (n,)),
+        ("log_prior", log_prior, (c,)),
+        ("covariance", diagonal, (c, h), *([] if low else [(c, h, h)])),
+        ("covariance.factor", factor, (c, h, *(() if factor is None else factor.shape[-1:]))),
+    ):
+        if value is not None and tuple(value.shape) not in wanted:
+            raise ValueError(f"{name} has shape {list(value.shape)}: it must be {' or '.join(str([*s]) for s in wanted)} with"
+                             f" {n} samples, {c} classes and {h} features.")  # fmt: skip
+
+
+def _toward_others(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """``sum_{j != y} p_j / (1 - p_y) w_j - w_y``, ``[N, H]``: how the others' lead over the own class grows with h.
+
+    The gradient of the cross-entropy is ``1 - p_y`` times this. ``p - e_y`` itself would cancel to nothing in float32 for
+    a sample that is certain (from a margin of about 13 nats on).
+    """
+    others = logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1)
+    return others @ weight - weight[labels]
+
+
+@torch.no_grad()
+def perturbation_direction(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sign of the gradient of the cross-entropy with respect to the features: ``sign(W^T (p - e_y))``.
+
+    Closed form, so no backward pass; constant under differentiation, as a sign is.
+
+    Args:
+        logits: ``[N, C]`` plain logits ``W h + b``.
+        weight: ``[C, H]``.
+        labels: ``[N]`` class indices.
+
+    Returns:
+        ``[N, H]`` of -1, 0 and 1.
+    """
+    return _toward_others(logits, weight, _indices(labels, len(logits), len(weight))).sign_()
+
+
+@torch.no_grad()
+def margin_scale(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Size of a perturbation along :func:`perturbation_direction` that changes the margin by one.
+
+    The margin is that of the own logit over the other classes, which are weighted by their probabilities ``p_j / (1 -
+    p_y)``; it falls by ``|sum_j p_j / (1 - p_y) (w_j - w_y)|_1`` for each unit of the perturbation, whatever the number of
+    features and the size of the weights.
+
+    Args:
+        logits: ``[N, C]`` plain logits.
+        weight: ``[C, H]``.
+        labels: ``[N]``.
+
+    Returns:
+        ``[N]``.
+    """
+    return _unit_margin(_toward_others(logits, weight, _indices(labels, len(logits), len(weight))))
+
+
+def _unit_margin(toward: Tensor) -> Tensor:
+    return 1 / toward.abs().sum(dim=1).clamp_min(1e-6)
+
+
+@torch.no_grad()
+def direction_and_scale(logits: Tensor, weight: Tensor, labels: Tensor, in_margin: bool) -> tuple[Tensor, Tensor]:
+    """:func:`perturbation_direction` ``[N, H]`` and the size ``[N]`` of one unit along it: :func:`margin_scale` where
+    ``in_margin``, else one in every feature."""
+    toward = _toward_others(logits, weight, labels)
+    scale = _unit_margin(toward) if in_margin else torch.ones_like(toward[:, 0])
+    return toward.sign_(), scale
+
+
+def variance_term(weight: Tensor, labels: Tensor, covariance: Covariance) -> Tensor:
+    """``rho_ij = 1/2 (w_j - w_y)^T Sigma_y (w_j - w_y)`` with ``y = labels[i]`` (ISDA; Eq. 6 of the paper).
+
+    Args:
+        weight: ``[C, H]``.
+        labels: ``[N]`` class indices.
+        covariance: ``[C, H, H]``, ``[C, H]`` or a `LowRank`.
+
+    Returns:
+        ``[N, C]``, zero in each sample's own class. Only the classes present in ``labels`` are computed, and only their
+        covariances receive a gradient; nothing of size ``N x C x H`` is built.
+    """
+    labels = _indices(labels, None, len(weight))
+    _check_shapes(weight, len(labels), covariance)
+    classes, inverse = present_classes(labels, len(weight))
+    return class_variance_term(weight, classes, take(covariance, classes))[inverse]
+
+
+class _IADALogits(torch.autograd.Function):
+    """The logits, and their derivatives in closed form.
+
+    With a diagonal covariance: four matrix products of the layer's size forwards and three backwards, where the layer
+    alone has one and two, and nothing of the size of the weight is kept in between. (No ``add_(..., alpha=...)`` to a
+    product: inductor of torch 2.14 compiles it without the alpha.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, epsilon: Tensor | None,
+        covariance: Tensor | None, factor: Tensor | None, log_prior: Tensor | None, alpha: float, beta: float,
+        fixed_shift: bool, in_margin: bool,
+    ) -> Tensor:  # fmt: skip
+        logits = F.linear(features, weight, bias)
+        step = shift = classes = inverse = rows = low = None
+        kept: list[Tensor] = []
+        if epsilon is not None:
+            direction, scale = direction_and_scale(logits, weight, labels, in_margin)
+            step = direction.mul_(scale[:, None])  # the perturbation at epsilon = 1
+            shift = epsilon[:, None] * step
+        if covariance is not None:
+            classes, inverse = present_classes(labels, weight.shape[0])
+        if covariance is None or covariance.dim() == 3:
+            if shift is not None:
+                logits.addmm_(shift, weight.T)
+            if covariance is not None:
+                rho, kept = full_variance_term(weight, classes, covariance)
+                logits += alpha * rho[inverse]
+        else:
+            rows = covariance[classes]
+            # rho = 1/2 Sigma (w_j - m)^2 - Sigma (w_y - m) w_j + 1/2 Sigma (w_y^2 - m^2) for the diagonal Sigma of class y
+            # and any m: the middle joins the shift in one product. With m the mean row little cancels.
+            mean = weight.mean(dim=0)
+            own, sigma = weight[labels], (alpha * rows)[inverse]
+            middle = sigma * (own - mean)
+            logits.addmm_(-middle if shift is None else shift - middle, weight.T)
+            quadratic = (0.5 * alpha * rows) @ (weight - mean).square_().T
+            if factor is not None:
+                low = factor[classes]
+                quadratic = quadratic + alpha * low_rank_variance_term(weight, classes, low)
+            logits += quadratic[inverse]
+            logits += 0.5 * (sigma * (own + mean) * (own - mean)).sum(dim=1, keepdim=True)
+        if log_prior is not None:
+            logits += beta * log_prior
+        ctx.save_for_backward(
+            features, weight, classes, inverse, step, None if fixed_shift else shift, rows, low, *kept
+        )
+        ctx.alpha, ctx.beta = alpha, beta
+        ctx.shapes = [None if t is None else t.shape for t in (covariance, factor)]
+        # torch 2.11 compiles an output that was changed in place to one without a gradient, and says nothing.
+        return logits.clone() if torch.compiler.is_compiling() else logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        features, weight, classes, inverse, step, shift, rows, low, *kept = ctx.saved_tensors
+        names = ("features", "weight", "bias", "labels", "epsilon", "covariance", "factor", "log_prior")
+        wanted = {name: ctx.needs_input_grad[i] for i, name in enumerate(names)}
+        alpha = ctx.alpha
+        through = g @ weight  # [N, H]
+        k = None if classes is None else g.new_zeros(classes.numel(), g.shape[1]).index_add_(0, inverse, g)  # [U, C]
+        found: dict[str, Tensor | None] = {"features": through if wanted["features"] else None}
+        if wanted["weight"]:
+            inputs = features if shift is None else features + shift
+            if rows is None:
+                gradient = g.T @ inputs
+                if k is not None:
+                    gradient = gradient + alpha * full_weight_gradient(weight, classes, kept, k)
+            else:
+                scaled = alpha * rows
+                own = weight[classes]
+                gradient = g.T @ (inputs - (scaled * own)[inverse])
+                gradient.addcmul_(k.T @ scaled, weight)
+                pull = torch.zeros_like(own).index_add_(0, inverse, through) - k.sum(dim=1, keepdim=True) * own
+                gradient.index_add_(0, classes, scaled * pull, alpha=-1)
+                if low is not None:
+                    gradient = gradient + alpha * low_rank_weight_gradient(weight, classes, low, k)
+            found["weight"] = gradient
+        if wanted["epsilon"]:
+            found["epsilon"] = (through * step).sum(dim=1)
+        if wanted["bias"] or wanted["log_prior"]:
+            total = g.sum(dim=0)
+            found["bias"] = total if wanted["bias"] else None
+            found["log_prior"] = ctx.beta * total if wanted["log_prior"] else None
+        for name, shape in zip(("covariance", "factor"), ctx.shapes, strict=True):
+            if wanted[name]:
+                # Of the covariances themselves: only the classes present receive a gradient.
+                if name == "factor":
+                    own = 2 * low_rank_gradient(weight, classes, low, k)
+                else:
+                    own = covariance_gradient(weight, classes, k, full=len(shape) == 3)
+                found[name] = g.new_zeros(shape).index_copy_(0, classes, alpha * own)
+        return tuple(found.get(name) for name in wanted) + (None,) * 4
+
+
+def iada_logits(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor | None,
+    epsilon: Tensor | None = None,
+    covariance: Covariance | None = None,
+    log_prior: Tensor | None = None,
+    alpha: float = 0.5,
+    beta: float = 1.0,
+    fixed_shift: bool = False,
+    in_margin: bool = False,
+) -> Tensor:
+    """``z_ij = w_j (h_i + eps_i s_i) + b_j + alpha rho_ij + beta log pi_j`` (Eq. 6 of the paper).
+
+    The cross-entropy of these logits bounds the expected cross-entropy over infinitely many augmented copies
+    ``h~ ~ N(h + eps s, alpha Sigma_y)`` from above (with ``beta = 0``). Each of the three terms is left out when its
+    tensor is ``None``: without epsilon and prior this is ISDA, with the prior alone it is Logit Adjustment.
+
+    Args:
+        features: ``[N, H]``.
+        weight: ``[C, H]``.
+        bias: ``[C]`` or ``None``.
+        labels: ``[N]`` class indices; may be ``None`` without the perturbation and variance terms.
+        epsilon: ``[N]`` size and sign of the perturbation along :func:`perturbation_direction`; positive is adversarial.
+        covariance: ``[C, H, H]``, ``[C, H]`` or a `LowRank`.
+        log_prior: ``[C]`` log class proportions.
+        alpha: weight of the variance term; 0 leaves it out.
+        beta: weight of the prior term; 0 leaves it out, so that a class with prior 0 gives no NaN.
+        fixed_shift: take the change of the logits that the perturbation makes, ``eps_i s_i w_j``, for a constant. Otherwise
+            ``weight`` is trained through it.
+        in_margin: epsilon is measured in nats of margin (:func:`margin_scale`) instead of units of every feature.
+
+    Returns:
+        ``[N, C]``, differentiable once. With every term zero it equals ``F.linear(features, weight, bias)`` bit for bit.
+
+    Raises:
+        ValueError: labels or a shape that do not fit.
+    """
+    low = isinstance(covariance, LowRank)
+    diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
+    used = covariance is not None and alpha != 0
+    _check_shapes(weight, features.shape[0], covariance, features, epsilon, log_prior)
+    if used or epsilon is not None:
+        labels = _indices(labels, features.shape[0], weight.shape[0])
+    return _IADALogits.apply(  # type: ignore[no-any-return, no-untyped-call]
+        features, weight, bias, labels, epsilon, diagonal if used else None, factor if used else None,
+        log_prior if beta != 0 else None, alpha, beta, fixed_shift, in_margin,
+    )  # fmt: skip

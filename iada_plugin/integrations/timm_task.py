@@ -1,0 +1,154 @@
+"""`MetaIADATask`: Meta-IADA in timm's own training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import IADAConfig
+from ..criterion import MetaIADA
+from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
+from ..runtime.checks import CUDA_GRAPH_MODES, plan_warmup
+
+try:
+    from timm.task import ClassificationTask
+except ImportError as error:
+    raise ImportError(
+        "MetaIADATask needs timm >= 1.0.23, which has timm.task (pip install -U timm). With an older timm use MetaIADA as"
+        " the criterion of the loop."
+    ) from error
+
+
+class MetaIADATask(ClassificationTask):
+    """timm's `ClassificationTask` with Meta-IADA as the criterion.
+
+    Make it before EMA, ``compile`` and DDP are set up, as any task. Label smoothing and losses other than cross-entropy
+    are refused; mixup and cutmix may run until class statistics are collected, one epoch before the warm-up ends
+    (``--mixup-off-epoch``).
+
+    Args:
+        model: the model; its classifier is converted in place.
+        criterion: must be ``None`` or ``nn.CrossEntropyLoss()``.
+        criterion_kwargs: as for `ClassificationTask`; "ce" without smoothing or soft targets.
+        device, dtype, verbose: as for `ClassificationTask`.
+        optimizer: the optimizer that trains ``model``; where it is made after the task, call :meth:`set_optimizer`.
+        meta_loader, steps_per_epoch, class_counts, epochs, config, classifier, characteristics: as for `MetaIADA`.
+
+    Raises:
+        ValueError: naming train.py's flag that has to change, or ``steps_per_epoch`` or ``epochs``.
+    """
+
+    engine: MetaIADA | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: nn.Module | Callable[..., Any] | None = None,
+        criterion_kwargs: dict[str, Any] | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+        *,
+        meta_loader: Iterable[Any],
+        steps_per_epoch: int,
+        optimizer: torch.optim.Optimizer | None = None,
+        class_counts: Sequence[float] | Tensor | None = None,
+        epochs: float | None = None,
+        config: IADAConfig | None = None,
+        classifier: str | nn.Module | None = None,
+        characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
+    ) -> None:
+        _check_criterion(criterion, criterion_kwargs or {})
+        config = IADAConfig.of(config)
+        if optimizer is None:  # else said by the engine, below
+            plan_warmup(config, steps_per_epoch, epochs)
+        # The base class holds the plain criterion; training calls the engine.
+        super().__init__(model, nn.CrossEntropyLoss(), device=device, dtype=dtype, verbose=verbose)
+        self._options: dict[str, Any] = {
+            "meta_loader": meta_loader,
+            "steps_per_epoch": steps_per_epoch,
+            "class_counts": class_counts,
+            "epochs": epochs,
+            "config": config,
+            "classifier": classifier,
+            "characteristics": characteristics,
+        }
+        self.__dict__["engine"] = None
+        self._loaded: dict[str, Tensor] | None = None
+        if optimizer is not None:
+            self.set_optimizer(optimizer)
+
+    def set_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Start Meta-IADA on the model with this optimizer. Call it once, before the first step."""
+        if self.engine is not None:
+            self.engine.close()
+        engine = MetaIADA(self.trainable_module, optimizer, **self._options)
+        self.__dict__["engine"] = engine
+        if self._loaded is not None:
+            engine.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def compile(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Compile the model, as `ClassificationTask`; the difference passes stay eager."""
+        if self.engine is not None:
+            self.engine.capture.mark_compiled(kwargs.get("mode") in CUDA_GRAPH_MODES)
+        return super().compile(*args, **kwargs)
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Logits and loss of a batch: ``{"loss": [], "output": [N, C]}``.
+
+        Raises:
+            RuntimeError: no optimizer was given.
+        """
+        if self.engine is None:
+            raise RuntimeError(
+                "MetaIADATask has no optimizer yet: pass optimizer=..., or call task.set_optimizer(...)."
+            )
+        output = self.trainable_module(input)
+        return {"loss": self.engine(output, target), "output": output}
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
+        """Meta-IADA's part of a checkpoint: plain tensors. The EMA model has none."""
+        return {} if ema or self.engine is None else {"iada": self.engine.state_dict()}
+
+    def load_task_state(
+        self,
+        state: dict[str, Any] | None,
+        strict: bool = True,
+        module: nn.Module | None = None,
+        ema: bool = False,
+    ) -> None:
+        """Restore :meth:`get_task_state`.
+
+        Raises:
+            ValueError: the checkpoint has no Meta-IADA state and ``strict`` is set, or it does not fit.
+        """
+        if ema:
+            return
+        if not state or "iada" not in state:
+            if strict:
+                raise ValueError("the checkpoint has no Meta-IADA state: it was made without MetaIADATask.")
+            return
+        if self.engine is None:
+            self._loaded = state["iada"]
+        else:
+            self.engine.load_state_dict(state["iada"])
+
+
+def _check_criterion(criterion: Any, kwargs: dict[str, Any]) -> None:
+    """Only cross-entropy on class indices has IADA logits."""
+    plain = isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None and criterion.label_smoothing == 0
+    if criterion is not None and not plain:
+        raise ValueError(
+            f"criterion={type(criterion).__name__}: IADA is the criterion. Pass none; in train.py set --smoothing 0 and"
+            " leave --bce-loss and --jsd-loss out."
+        )
+    if kwargs.get("smoothing"):
+        raise ValueError(f"smoothing={kwargs['smoothing']}: IADA needs hard labels; run train.py with --smoothing 0.")
+    if kwargs.get("loss_type") not in (None, "ce"):
+        raise ValueError(f"loss_type={kwargs['loss_type']!r}: IADA is the loss; leave --bce-loss and the like out.")
+    if kwargs.get("soft_targets"):
+        raise ValueError("soft_targets: switch mixup and cutmix off (--mixup 0 --cutmix 0).")

@@ -1,0 +1,423 @@
+"""`MetaIADACallback`: Meta-IADA in a Hugging Face `Trainer`, by one argument."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..config import IADAConfig
+from ..criterion import MetaIADA
+from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
+from ..runtime.batches import length_of, meta_dataloader
+from ..runtime.capture import Hook
+from ..runtime.checks import CUDA_GRAPH_MODES, REENTRANT
+from ..runtime.labels import labels_of
+from ..runtime.row_ids import SAMPLE_IDS
+from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
+from .trainer_report import TrainerReport, write_report
+
+if TYPE_CHECKING:
+    from ..report.report import Report
+
+
+class MetaIADACallback(TrainerCallback):
+    """Trains a Trainer's classifier with Meta-IADA: ``Trainer(..., callbacks=[MetaIADACallback(meta_dataset=meta)])``.
+
+    The loss is taken over by a hook on the model for the length of ``train()``: cross-entropy in warm-up, Meta-IADA
+    afterwards. Evaluation, saving and the model class are untouched, and ``save_pretrained`` gives a plain checkpoint.
+
+    Logged with the training loss: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio``,
+    ``iada/meta_loss``. In a plain ``callbacks=[...]`` entry they reach the progress bar and ``state.log_history`` only,
+    because TensorBoard and W&B stand before it; :meth:`attach_to` puts it in front of them.
+
+    Args:
+        meta_dataset: small, clean, class-balanced set (a `datasets.Dataset` or map-style torch data set), prepared like
+            the training set; disjoint from it. See :func:`iada_plugin.data.balanced_meta_split`.
+        config: settings.
+        class_counts: ``[C]`` training samples per class. Default: the training set's label column if it has one, else
+            counted during warm-up.
+        classifier: name of the classifier's last layer where it is not found by itself.
+        characteristics: functions ``BatchState -> [N]``.
+        resume_from: the checkpoint folder that holds the state when a run is resumed from outside ``output_dir``, or
+            "fresh" to resume a run that has none. Default: ``output_dir/checkpoint-{step}``.
+        report_dir: folder for a :class:`iada_plugin.Report`, written when training ends. Samples are told by their row number in
+            the training set; evaluations during training are part of it (in one process).
+        report_options: arguments of the `Report`, such as ``true_labels``, ``samples`` and ``epochs``.
+
+    Attributes:
+        engine: the :class:`iada_plugin.MetaIADA`, while training.
+        report: the `Report` of the last ``train()``, or ``None``.
+    """
+
+    def __init__(
+        self,
+        meta_dataset: Any,
+        config: IADAConfig | None = None,
+        *,
+        class_counts: Sequence[float] | Tensor | None = None,
+        classifier: str | None = None,
+        characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
+        resume_from: str | Path | None = None,
+        report_dir: str | Path | None = None,
+        report_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        map_style = hasattr(meta_dataset, "__len__") and hasattr(meta_dataset, "__getitem__")
+        if not map_style or isinstance(meta_dataset, (Mapping, str)):
+            raise TypeError(
+                f"meta_dataset is a {type(meta_dataset).__name__}: it must be a map-style data set (with a length), such as"
+                " one split of a DatasetDict; it is small, so load a streamed one into memory."
+            )
+        if len(meta_dataset) == 0:
+            raise ValueError("the meta set is empty: pass at least one sample a class.")
+        self.meta_dataset = meta_dataset
+        self.config = IADAConfig.of(config)
+        self.class_counts = class_counts
+        self.classifier = classifier
+        self.characteristics = characteristics
+        self.resume_from = resume_from
+        self.report_dir, self.report_options = report_dir, dict(report_options or {})
+        if report_dir is not None:
+            TrainerReport.check(self.report_options)
+        self.engine: MetaIADA | None = None
+        self.report: Report | None = None
+        self._watch: TrainerReport | None = None
+        self._model_hook: Any = None
+        self._staged: int | None = None
+
+    # ---------------------------------------------------------------------------------------------------- front doors
+
+    def attach_to(self, trainer: Trainer) -> MetaIADACallback:
+        """Add this callback to a Trainer in front of its reporters, so that they get the ``iada/`` scalars too.
+
+        Raises:
+            ValueError: the Trainer computes its loss outside the model.
+        """
+        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
+            raise ValueError(_LOSS_OUTSIDE)
+        if self in trainer.callback_handler.callbacks:
+            trainer.remove_callback(self)
+        trainer.callback_handler.callbacks.insert(1, self)  # the flow callback, which decides what is due, stays first
+        return self
+
+    def attach(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        steps_per_epoch: int,
+        epochs: float | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+    ) -> MetaIADA:
+        """The engine for a timm or plain loop, on this callback's meta set and settings.
+
+        Args:
+            model, optimizer, steps_per_epoch, epochs: as for :class:`iada_plugin.MetaIADA`.
+            collate_fn: makes a batch of meta samples, as in a `DataLoader`.
+
+        Returns:
+            The criterion: ``loss = engine(model(input), target)``. ``meta_batch_size`` is 64 unless configured.
+        """
+        size = self.config.meta_batch_size or 64
+        return MetaIADA(
+            model,
+            optimizer,
+            meta_loader=meta_dataloader(self.meta_dataset, size, self.config.seed, collate_fn),
+            class_counts=self.class_counts,
+            steps_per_epoch=steps_per_epoch,
+            epochs=epochs,
+            config=self.config,
+            classifier=self.classifier,
+            characteristics=self.characteristics,
+        )
+
+    # ------------------------------------------------------------------------------------------------- Trainer events
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take over the loss. Runs again whenever the Trainer starts over (``auto_find_batch_size``, a second train)."""
+        self.uninstall()
+        model, loader = kwargs["model"], kwargs["train_dataloader"]
+        _check_arguments(args, model)
+        batches = length_of(loader)
+        steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps
+        self.engine = MetaIADA(
+            model,
+            kwargs["optimizer"],
+            meta_loader=self._meta_loader(args, state, loader),
+            class_counts=self.class_counts if self.class_counts is not None else _class_counts(loader, model),
+            steps_per_epoch=steps_per_epoch,
+            epochs=state.max_steps / steps_per_epoch,
+            config=self.config,
+            classifier=self.classifier,
+            characteristics=self.characteristics,
+        )
+        if args.torch_compile:
+            self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
+        self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
+        try:
+            if self.report_dir is not None:
+                self._watch = TrainerReport(self.engine, model, loader, self.report_options)
+                self.report = self._watch.report
+            if state.global_step > 0:
+                self._resume(args, state)
+        except Exception:
+            self.uninstall()
+            raise
+        if args.should_save:  # what an earlier run that was killed has left
+            folder = _folder(args) / f"checkpoint-{state.global_step}"
+            if folder.is_dir() and state_file(folder).is_file():  # still staged
+                os.replace(state_file(folder), folder / STATE_FILE)
+            for stale in _folder(args).glob(".iada_state-*"):
+                stale.unlink(missing_ok=True)
+
+    def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
+        assert self.engine is not None
+        if self.resume_from == "fresh":
+            engine = self.engine
+            engine.step = state.global_step
+            # Statistics have to be collected first: the warm-up ends no earlier than that.
+            span = engine.warmup_steps - engine.statistics_start
+            engine.statistics_start = max(engine.statistics_start, state.global_step)
+            engine.warmup_steps = max(engine.warmup_steps, engine.statistics_start + span)
+            if engine.warmup_steps >= state.max_steps:
+                raise ValueError(
+                    f"resume_from='fresh' at step {state.global_step} of {state.max_steps}: collecting class statistics takes"
+                    f" {span} steps, after which no meta step is left. Train longer, or lower statistics_epochs."
+                )
+            return
+        folder = self.resume_from or _folder(args) / f"checkpoint-{state.global_step}"
+        try:
+            load_state(self.engine, state_file(folder))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"the run resumes at step {state.global_step}, but {error}. Resume from"
+                " iada_plugin.last_complete_checkpoint(output_dir), name the folder with"
+                " MetaIADACallback(resume_from=...), or start the method anew with resume_from='fresh'."
+            ) from error
+        if self._watch is not None:
+            self._watch.load(Path(folder), state.global_step)
+
+    def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
+        """Meta samples get the column filter and the collator of the training samples."""
+        dataset = self.meta_dataset
+        wanted = getattr(getattr(train_loader, "dataset", None), "column_names", None) or []
+        wanted = [c for c in wanted if c != SAMPLE_IDS]
+        own = getattr(dataset, "column_names", None)
+        if wanted and own:
+            missing = [c for c in wanted if c not in own]
+            if missing:
+                raise ValueError(
+                    f"meta_dataset lacks the columns {missing} of the training set (it has {own}): prepare both alike"
+                    " (tokenizer, renamed label column)."
+                )
+            dataset = dataset.remove_columns([c for c in own if c not in wanted])
+        # auto_find_batch_size lowers the state's batch size, not the argument's.
+        size = self.config.meta_batch((state.train_batch_size or args.train_batch_size) * args.world_size)
+        return meta_dataloader(
+            dataset,
+            size,
+            self.config.seed,
+            train_loader.collate_fn,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        )
+
+    def _replace_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
+        """Forward hook on the model: the training loss in its outputs becomes the engine's."""
+        engine = self.engine
+        if engine is None or engine.capture.busy:
+            return None
+        labels = kwargs.get("labels")
+        if not (module.training and torch.is_grad_enabled()):
+            if self._watch is not None and not module.training:
+                self._watch.note_pass(outputs, labels)
+            return None
+        if labels is None:
+            raise ValueError(_LOSS_OUTSIDE)
+        kind = getattr(getattr(module, "config", None), "problem_type", None)
+        if labels.is_floating_point() or kind in ("regression", "multi_label_classification"):
+            raise ValueError(
+                f"labels are {labels.dtype} of shape {list(labels.shape)} (problem_type={kind!r}): IADA needs one class index"
+                " per sample. Regression and multi-label problems are not supported."
+            )
+        labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
+        is_mapping = isinstance(outputs, Mapping)
+        logits = outputs["logits"] if is_mapping else outputs[1]
+        ids = None if self._watch is None else self._watch.take_ids(len(labels))
+        loss = engine(logits, labels, kwargs.get("num_items_in_batch"), ids)
+        if is_mapping:
+            outputs["loss"] = loss
+            return outputs
+        return (loss, *outputs[1:])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stage the state where a checkpoint is due; check that the loss really was replaced."""
+        if self.engine is not None and not self.engine.trained:
+            raise RuntimeError(
+                "the loss of MetaIADACallback was not the one that was trained in the first step: the Trainer's compute_loss"
+                " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"
+                " return outputs.loss, or use MetaIADA as the criterion there."
+            )
+        self._stage(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stage the state where a checkpoint is due."""
+        self._stage(args, state, control)
+
+    def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
+        # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
+        if control.should_save:
+            if args.should_save:  # a folder that the Trainer is about to write over is incomplete until it has done so
+                for name in (STATE_FILE, "trainer_state.json"):
+                    (_folder(args) / f"checkpoint-{state.global_step}" / name).unlink(missing_ok=True)
+            self._write(args, state)
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.engine is None or not (args.should_save or self.engine.capture.sharded):
+            return
+        self._staged = state.global_step
+        os.makedirs(_folder(args), exist_ok=True)
+        save_state(self.engine, staged_file(_folder(args), state.global_step), write=args.should_save)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Complete the checkpoint that the Trainer has just written."""
+        if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
+            self._write(args, state)
+        folder = _folder(args) / f"checkpoint-{state.global_step}"
+        if self.engine is not None and args.should_save and folder.is_dir():
+            os.replace(staged_file(_folder(args), state.global_step), folder / STATE_FILE)
+        self._staged = None
+        if self._watch is not None and folder.is_dir():
+            self._watch.save(folder)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the ``iada/`` scalars to a log of the training loss."""
+        if self.engine is None or logs is None or "loss" not in logs:
+            return
+        metrics = self.engine.pop_metrics()
+        logs.update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What an evaluation that was broken off has left is of no use."""
+        if self._watch is not None:
+            self._watch.forget_evaluation()
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take note of an evaluation's batch for the report."""
+        if self._watch is not None:
+            self._watch.end_prediction_step()
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keep the predictions of the last evaluation in the warm-up and of the last one of all for the report."""
+        if self._watch is not None:
+            self._watch.end_evaluation(metrics or {})
+
+    def on_predict(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
+        """Predictions in between are no evaluation."""
+        if self._watch is not None:
+            self._watch.forget_evaluation()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model back as it was, and write the report."""
+        self.uninstall()
+        if args.should_save:
+            staged_file(_folder(args), state.global_step).unlink(missing_ok=True)
+        if self.report is not None and self.report_dir is not None:
+            write_report(self.report, self.report_dir)
+
+    def uninstall(self) -> None:
+        """Remove every hook and restore the classifier, after an interrupted ``train()`` for instance."""
+        if self._model_hook is not None:
+            self._model_hook.remove()
+            self._model_hook = None
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+
+_LOSS_OUTSIDE = (
+    "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor, compute_loss_func or a"
+    " compute_loss of your own moves the loss out of it. IADA is the loss: set label_smoothing_factor=0 and use neither."
+)
+
+
+def _folder(args: TrainingArguments) -> Path:
+    return Path(args.output_dir or ".")
+
+
+def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
+    """What cannot work, said before the first step."""
+    if args.label_smoothing_factor:
+        raise ValueError(_LOSS_OUTSIDE)
+    if args.n_gpu > 1:
+        raise ValueError(
+            "the Trainer would wrap the model in DataParallel, which copies it in every step. Launch with torchrun"
+            " --nproc_per_node N, or use one GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
+    config = getattr(model, "config", None)
+    kind = getattr(config, "problem_type", None)
+    if kind in ("regression", "multi_label_classification") or getattr(config, "num_labels", 2) == 1:
+        raise ValueError(
+            f"the model is set up for {kind or 'regression (num_labels=1)'}: IADA needs a softmax over classes. Use"
+            " num_labels >= 2 and problem_type='single_label_classification'."
+        )
+    options = args.gradient_checkpointing_kwargs
+    if args.gradient_checkpointing and isinstance(options, dict) and options.get("use_reentrant"):
+        raise ValueError(REENTRANT)
+
+
+def _class_counts(loader: Any, model: nn.Module) -> Tensor | None:
+    """``[C]`` from the training set's label column, or ``None`` where it has none that can be read at once."""
+    num_labels = getattr(getattr(model, "config", None), "num_labels", None)
+    dataset = getattr(loader, "dataset", None)
+    kinds = getattr(dataset, "features", None) or {}
+    kind = kinds.get("labels", kinds.get("label")) if isinstance(kinds, dict) else None
+    if str(getattr(kind, "dtype", "")).startswith("float"):
+        raise ValueError(
+            "the training set's labels are floats, which transformers takes for multi-label data: cast them,"
+            " dataset.cast_column('labels', Value('int64')). IADA needs one class index per sample."
+        )
+    labels = labels_of(dataset)
+    if labels is None or num_labels is None:
+        return None
+    wrong = labels[(labels < 0) | (labels >= num_labels)]
+    if wrong.numel():
+        raise ValueError(f"the training set has the label {int(wrong[0])}; the model has {num_labels} classes.")
+    return torch.bincount(labels.long(), minlength=num_labels)

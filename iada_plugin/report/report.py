@@ -1,0 +1,428 @@
+"""`Report`: what Meta-IADA did to the samples, as pictures, tables and a list of suspect labels."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from .. import metrics
+
+if TYPE_CHECKING:
+    from ..criterion import MetaIADA
+from ..perturbation.network import PerturbationNetwork
+from ..runtime.processes import rank
+from . import figures
+from .analysis import eigenvalues, explain
+from .page import FILE, Page, content_of
+from .recorder import MAX_ID, Recorder
+
+#: Rows of the list of suspects in the HTML page; the CSV has all of them.
+_SHOWN = 48
+#: Of samples.csv, where they are known.
+_COLUMNS = ("id", "label", "predicted", "true_label", "suspicion", "contradicted", "epsilon", "loss", "epochs")
+#: Below this suspicion no label stands out: a sample that is contradicted half of the time, at an epsilon of 0, has 0.5.
+_CLEAR = 0.6
+_NOTHING_STANDS_OUT = (
+    "No label stands out here: the highest suspicion is {highest:.2f}. The network contradicts hardly any label that it is trained on. Either"
+    " there are no wrong ones, or it had learned them by heart before the warm-up was over (a shorter one, such as warmup_ratio=0.25, leaves"
+    " it less time to), or there were too few meta steps to learn from."
+)
+#: Classes whose covariance spectrum is drawn.
+_SPECTRA = 10
+
+
+class Suspect(NamedTuple):
+    """A sample whose label may be wrong.
+
+    Attributes:
+        id: row number in the training set.
+        label: it was trained with.
+        predicted: class that the model gave when it was last trained on.
+        suspicion: 0 to 1, the mean of how far training lets the sample go (where epsilon lies, from the top to the bottom of its
+            range) and of ``contradicted``. Epsilon alone also lets go of whole classes, of which nothing is wrong.
+        contradicted: share of the last epochs in which the model predicted another class than the label.
+        epsilon: mean over the last epochs.
+        loss: mean cross-entropy over the last epochs.
+        epochs: how many of the last epochs it was seen in.
+    """
+
+    id: int
+    label: int
+    predicted: int
+    suspicion: float
+    contradicted: float
+    epsilon: float
+    loss: float
+    epochs: int
+
+
+@dataclass
+class Evaluation:
+    """Predictions of one model on one labelled set."""
+
+    predictions: np.ndarray  # [N]
+    labels: np.ndarray  # [N]
+    groups: dict[str, np.ndarray]  # name -> [N] memberships
+
+
+class Report:
+    """Collects what a :class:`MetaIADA` does from now on, and writes it as one HTML page with PNGs and a CSV.
+
+    In several processes :meth:`suspects` and :meth:`write` gather what each of them has seen, and have to be called in all; the
+    first one writes.
+
+    Args:
+        iada: the criterion. Pass it ``ids=`` with each batch, or there are histograms but no list of suspects.
+        class_names: ``[C]``, or a dict of class to name.
+        true_labels: ``[n]`` true label of each row of the training set where it is known (simulated noise, or a corrected set):
+            adds what is known about right and wrong labels.
+        samples: ``samples[id]``, or ``samples(id)`` of a function, is an image, a text, or a row with one, to show suspects.
+        epochs: samples are followed over this many of the last epochs.
+        capacity: samples kept with their characteristics.
+        max_id: ids are below this; about ``9 epochs + 8`` bytes for each.
+
+    Raises:
+        ImportError: Matplotlib is not installed.
+        RuntimeError: ``iada`` is closed.
+        ValueError: lengths that do not fit the classifier, or samples that cannot be shown.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from iada_plugin import IADAConfig
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> x, y = torch.randn(16, 4), torch.arange(16) % 2
+        >>> iada = MetaIADA(model, optimizer, meta_loader=[(x, y)], steps_per_epoch=1, epochs=3, config=IADAConfig(warmup_epochs=1))
+        >>> report = Report(iada)
+        >>> for _ in range(3):
+        ...     loss = iada(model(x), y, ids=torch.arange(16))
+        ...     optimizer.zero_grad(); loss.backward(); optimizer.step()
+        >>> len(report.suspects()), report.suspects(1)[0].epochs
+        (16, 2)
+    """
+
+    def __init__(
+        self,
+        iada: MetaIADA,
+        *,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        true_labels: Any = None,
+        samples: Any = None,
+        epochs: int = 5,
+        capacity: int = 10_000,
+        max_id: int = MAX_ID,
+    ) -> None:
+        figures.require_matplotlib()
+        num_classes = iada.head.out_features
+        if not hasattr(iada.head, "class_count"):
+            raise RuntimeError("this MetaIADA was closed: make the Report after MetaIADA and before training.")
+        if iada.recorder is not None:
+            warnings.warn("this MetaIADA had a Report already: that one stops here, and the new one begins.")
+        if isinstance(class_names, Mapping):
+            class_names = [class_names[k] for k in sorted(class_names, key=int)]
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"class_names has {len(class_names)} names; the classifier has {num_classes} classes.")
+        for name, value in (("epochs", epochs), ("capacity", capacity), ("max_id", max_id)):
+            if not isinstance(value, (int, float)) or value < 1 or value != int(value):
+                raise ValueError(f"{name}={value!r} must be a whole number >= 1.")
+        self.class_names = [str(n) for n in (range(num_classes) if class_names is None else class_names)]
+        if samples is not None:
+            content_of(
+                samples, next(iter(samples), 0) if isinstance(samples, Mapping) else 0
+            )  # an error now, not later
+        self.samples = samples
+        self.evaluations: dict[str, Evaluation] = {}
+        self._recorder = Recorder(
+            num_classes, len(iada.statistics.characteristics), iada.steps_per_epoch, epochs=int(epochs), capacity=int(capacity),
+            max_id=int(max_id), step=iada.step,
+            true_labels=None if true_labels is None else metrics.as_integers(true_labels, "true_labels"),
+        )  # fmt: skip
+        self._limits = iada.config.epsilon_range
+        self._iada: MetaIADA | None = iada
+        self._kept: _Kept | None = None
+        self._last: Recorder | None = None  # of all processes, once there is nothing more to come
+        iada.recorder = self._recorder
+        iada.before_close.append(self._keep)
+
+    # ---------------------------------------------------------------------------------------------------- what is known
+
+    def add_evaluation(
+        self, name: str, predictions: Any, labels: Any, groups: Any = None, group_names: Sequence[str] | None = None
+    ) -> None:
+        """A model's predictions on a test set, for confusion matrices and accuracies side by side.
+
+        Args:
+            name: of the model, such as "cross-entropy" or "Meta-IADA"; an earlier one of this name is replaced.
+            predictions, labels: ``[N]``.
+            groups: ``[N]`` group of each row, or ``[N, G]`` memberships.
+            group_names: ``[G]``.
+
+        Raises:
+            ValueError: lengths or values that do not fit.
+        """
+        predictions, labels = (metrics.as_integers(v, n) for v, n in ((predictions, "predictions"), (labels, "labels")))
+        if len(predictions) != len(labels) or not len(labels):
+            raise ValueError(f"evaluation {name!r}: {len(predictions)} predictions for {len(labels)} labels.")
+        for what, values in (("predictions", predictions), ("labels", labels)):
+            if values.min() < 0 or values.max() >= len(self.class_names):
+                raise ValueError(
+                    f"evaluation {name!r}: {what} run from {values.min()} to {values.max()}; there are"
+                    f" {len(self.class_names)} classes."
+                )
+        members: dict[str, np.ndarray] = {}
+        if groups is not None:
+            values = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
+            if values.ndim == 1:
+                indices = metrics.as_integers(values, "groups")
+                if indices.size and indices.min() < 0:
+                    raise ValueError(f"evaluation {name!r}: group {indices.min()} is negative.")
+                values = metrics.group_memberships(indices, int(indices.max(initial=0)) + 1)
+            if values.ndim != 2 or len(values) != len(labels):
+                raise ValueError(f"evaluation {name!r}: groups {list(values.shape)} for {len(labels)} labels.")
+            names = (
+                [f"group {g}" for g in range(values.shape[1])] if group_names is None else [str(n) for n in group_names]
+            )
+            if len(set(names)) != values.shape[1]:
+                raise ValueError(f"evaluation {name!r}: {len(set(names))} group_names for {values.shape[1]} groups.")
+            members = dict(zip(names, values.astype(bool).T, strict=True))
+        self.evaluations[name] = Evaluation(predictions, labels, members)
+
+    def suspects(self, n: int | None = None) -> list[Suspect]:
+        """Samples in the order of suspicion of their labels, ties by loss.
+
+        Args:
+            n: how many; all by default.
+
+        Raises:
+            RuntimeError: nothing was trained after the warm-up, or the batches had no ids.
+        """
+        table = self._table(self._merged())
+        rows = [table[field].tolist() for field in Suspect._fields]
+        return [Suspect(*row) for row in zip(*rows, strict=True)][:n]
+
+    @property
+    def empty(self) -> bool:
+        """Whether this process has seen no batch after the warm-up."""
+        self._recorder.drain()
+        return not self._recorder.by_class
+
+    def _table(self, recorder: Recorder) -> dict[str, np.ndarray]:
+        """Samples with ids, the most suspect first."""
+        if not recorder.with_ids:
+            raise RuntimeError(
+                "the batches had no sample ids, so that suspects cannot be named: call iada(output, target, ids=ids) with the row"
+                " numbers of the batch in the training set."
+            )
+        table = recorder.samples()
+        low, high = self._limits
+        table["suspicion"] = 0.5 * ((high - table["epsilon"]) / (high - low) + table["contradicted"])
+        order = np.lexsort((-table["loss"], -table["suspicion"]))
+        return {k: v[order] for k, v in table.items()}
+
+    def _merged(self) -> Recorder:
+        """What all processes have seen."""
+        recorder = self._last or self._recorder.merged()
+        if self._kept is not None:
+            self._last = recorder
+        if not recorder.by_class:
+            raise RuntimeError(
+                "nothing is recorded: no batch was trained after the warm-up since this Report was made. Make it before training,"
+                " and see to it that the warm-up ends (warmup_epochs, epochs)."
+            )
+        return recorder
+
+    def _now(self) -> _Kept:
+        if self._kept is not None:
+            return self._kept
+        assert self._iada is not None
+        return _Kept.of(self._iada)
+
+    def _keep(self) -> None:
+        """The engine is being closed: keep what its classifier will forget, and let go of the rest."""
+        assert self._iada is not None
+        self._recorder.drain()
+        self._kept, self._iada = _Kept.of(self._iada), None
+
+    def forget_ids(self) -> None:
+        """Go on without sample ids, of which something was wrong: there will be no suspects."""
+        self._recorder.forget_ids()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process has seen so far, for a run that is resumed; evaluations are not in it."""
+        return self._recorder.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`, in the same process of as many.
+
+        Raises:
+            ValueError: it is of another classifier, of other ``epochs``, or of another number of processes.
+        """
+        self._recorder.load_state_dict(state)
+
+    # --------------------------------------------------------------------------------------------------------- writing
+
+    def write(self, folder: str | Path) -> Path:
+        """Write ``report.html`` (self-contained), its pictures as PNGs, and ``samples.csv``, the most suspect sample first.
+
+        Returns:
+            Path of the page.
+
+        Raises:
+            RuntimeError: nothing was trained after the warm-up.
+        """
+        recorder, folder = self._merged(), Path(folder)
+        if rank() == 0:
+            with figures.own_style():
+                self._write(recorder, self._now(), folder)
+        return folder / FILE
+
+    def _write(self, recorder: Recorder, now: _Kept, folder: Path) -> None:
+        page, limits = Page(folder), self._limits
+        names = self.class_names
+        counts = np.max([c[:, 0] for c in recorder.by_class.values()], axis=0)  # of a whole epoch, where there was one
+        rows = recorder.rows()
+        table = self._table(recorder) if recorder.with_ids else None
+        epsilon, labels = (table["epsilon"], table["label"]) if table is not None else (rows["epsilon"], rows["label"])
+        first, last = min(recorder.by_class) + 1, max(recorder.by_class) + 1
+        page.facts(
+            {
+                "Epochs": f"{first} to {last}",
+                "Optimizer steps": f"{recorder.last_step + 1:,}; the first without warm-up is number {(recorder.first_step or 0) + 1:,}",
+                "Samples followed": f"{len(epsilon):,}"
+                + ("" if table is not None else " (drawn at random: the batches had no ids)"),
+                "Mean epsilon": f"{epsilon.mean():+.3f}",
+                "Adversarial (epsilon > 0)": f"{100 * (epsilon > 0).mean():.1f} %",
+                **now.facts,
+            }
+        )
+        page.section("adversarial_share", figures.adversarial_share(recorder.by_class, names, counts))
+        page.section("epsilon", figures.epsilon_histograms(epsilon, labels, names, limits))
+        if table is not None and "true_label" in table:
+            wrong = table["true_label"] != table["label"]
+            page.section("clean_and_wrong", figures.clean_and_wrong(recorder.by_truth, table["epsilon"], wrong, limits))
+            if 0 < wrong.sum() < len(wrong):
+                rankings = {
+                    "suspicion": table["suspicion"],
+                    "epsilon alone": -table["epsilon"],
+                    "loss (of this run)": table["loss"],
+                }
+                page.section("finding", figures.finding_wrong_labels(rankings, wrong))
+        if table is not None:
+            self._write_suspects(page, table)
+        if len(rows["f"]):
+            page.section("drivers", figures.drivers(now.characteristics, *explain(now.network, rows["f"])))
+        if now.eigenvalues:
+            page.section("spectra", figures.spectra(now.eigenvalues, names, counts))
+        self._write_evaluations(page)
+        x, y = recorder.meta_loss.points()
+        if len(y):
+            page.section("meta_loss", figures.curve(x + 1, y, "meta step", "cross-entropy on the meta batch"))
+        if recorder.seconds:
+            page.section("step_time", figures.step_seconds(recorder.seconds))
+        self._write_csv(page, rows if table is None else table)
+        page.finish()
+
+    def _write_suspects(self, page: Page, table: dict[str, np.ndarray]) -> None:
+        shown = {k: v[:_SHOWN].tolist() for k, v in table.items()}
+        contents = [] if self.samples is None else [_content_or_none(self.samples, i) for i in shown["id"]]
+        name = self.class_names
+        cells = {
+            "id": shown["id"],
+            "label": [name[y] for y in shown["label"]],
+            "predicted": [name[y] for y in shown["predicted"]],
+            **({"true label": [name[y] for y in shown["true_label"]]} if "true_label" in shown else {}),
+            "suspicion": [f"{v:.3f}" for v in shown["suspicion"]],
+            "contradicted": [f"{100 * v:.0f} %" for v in shown["contradicted"]],
+            "epsilon": [f"{e:+.3f}" for e in shown["epsilon"]],
+            "loss": [f"{v:.2f}" for v in shown["loss"]],
+        }
+        texts = [c if isinstance(c, str) else "" for c in contents]
+        if any(texts):
+            cells["sample"] = [c if len(c) <= 200 else c[:199] + "…" for c in texts]
+        pictures = [None if isinstance(c, str) else c for c in contents]
+        figure = None
+        if any(p is not None for p in pictures):
+            lines = zip(cells["id"], cells["label"], cells["predicted"], strict=True)
+            figure = figures.images(pictures, [f"{i}\n{a}\n→ {b}" for i, a, b in lines])
+        highest = table["suspicion"][0]
+        note = "" if highest >= _CLEAR else _NOTHING_STANDS_OUT.format(highest=highest)
+        page.section("suspects", figure, cells, note)
+
+    def _write_evaluations(self, page: Page) -> None:
+        num_classes = len(self.class_names)
+        if not self.evaluations:
+            return
+        if num_classes <= 200:
+            found = {
+                k: metrics.confusion_matrix(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
+            }
+            page.section("confusion", figures.confusions(found, self.class_names))
+        values = {
+            k: metrics.class_accuracies(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
+        }
+        page.section("class_accuracy", figures.accuracies(values, self.class_names))
+        grouped = {k: e for k, e in self.evaluations.items() if e.groups}
+        names = list(next(iter(grouped.values())).groups) if grouped else []
+        grouped = {k: e for k, e in grouped.items() if list(e.groups) == names}
+        if names:
+            values = {
+                k: metrics.group_accuracies(e.predictions == e.labels, np.stack(list(e.groups.values()), 1))
+                for k, e in grouped.items()
+            }
+            sizes = np.stack(list(next(iter(grouped.values())).groups.values()), 1).sum(axis=0)
+            page.section("group_accuracy", figures.accuracies(values, names, sizes))
+
+    def _write_csv(self, page: Page, table: dict[str, np.ndarray]) -> None:
+        columns = [k for k in _COLUMNS if k in table]
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*(np.round(table[k], 6).tolist() for k in columns), strict=True))
+        page.file("samples.csv", buffer.getvalue().encode())
+
+
+def _content_or_none(samples: Any, index: int) -> Any:
+    """A sample that cannot be read must not cost the page."""
+    try:
+        return content_of(samples, index)
+    except Exception:
+        return None
+
+
+class _Kept(NamedTuple):
+    """What a report needs of an engine, which forgets it when it is closed."""
+
+    network: PerturbationNetwork
+    characteristics: list[str]
+    eigenvalues: dict[int, np.ndarray]
+    facts: dict[str, str]
+
+    @classmethod
+    def of(cls, iada: MetaIADA) -> _Kept:
+        head, spectra = iada.head, {}
+        if hasattr(head, "class_count"):  # not where another MetaIADA has taken this one's place
+            seen = head.class_count.cpu().numpy()
+            classes = np.argsort(-seen, kind="stable")[: int((seen > 0).sum())]
+            some = np.unique(np.linspace(0, len(classes) - 1, _SPECTRA).round().astype(int)) if len(classes) else []
+            spectra = {int(c): eigenvalues(head.class_covariance, int(c)) for c in classes[some]}
+        names = [getattr(f, "__name__", repr(f)) for f in iada.statistics.characteristics]
+        facts = {
+            "Classifier": f"{iada.classifier_name} of {type(iada.model).__name__}, {head.in_features} features, {head.out_features} classes",
+            "Settings other than the defaults": ", ".join(f"{k}={v!r}" for k, v in iada.config.changed().items())
+            or "none",
+            "Meta steps left out": str(iada.meta.skipped),
+        }
+        return cls(
+            copy.deepcopy(iada.meta.perturbation).cpu(), names,
+            {c: values for c, values in spectra.items() if len(values)}, facts,
+        )  # fmt: skip

@@ -1,0 +1,266 @@
+"""Seeing a model's forward passes, and repeating them, without leaving a trace in the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..head.layer import IADAHead
+from .isolation import rng_state, set_rng_state
+from .precision import tf32_enabled
+from .sharding import is_fsdp, reshard
+
+#: Keyword arguments of a model that the loss uses, not the features.
+LABEL_KEYS = ("labels", "label", "label_ids", "num_items_in_batch")
+
+
+@dataclass
+class Forward:
+    """One forward pass: its inputs and what the classifier saw."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rng: list[Any] = field(default_factory=list)  # random state before the pass
+    features: Tensor | None = None  # [N, H], with its graph
+    logits: Tensor | None = None  # [N, C] output of the classifier
+    autocast_dtype: torch.dtype | None = None  # None: no autocast
+    outputs: list[Tensor] = field(default_factory=list)  # of the model, where it is sharded
+    exact: bool = False  # plain float32 arithmetic, eager: the features may serve as the base of a difference
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the loss: float32 at least."""
+        return torch.promote_types(self.logits.dtype, torch.float32)  # type: ignore[union-attr]
+
+
+class Hook:
+    """A hook that copies of the module (an EMA, a pickle) do not inherit."""
+
+    def __init__(self, function: Callable[..., Any] | None) -> None:
+        self.function = function
+
+    # A graph break: what the hooks record must be the tensors of the real pass.
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function, if this is not a copy."""
+        return None if self.function is None else self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return Hook, (None,)
+
+
+class Capture:
+    """Hooks on a model and its classifier that record training passes (training mode, gradients on).
+
+    Args:
+        model: the unwrapped model.
+        head: its classifier.
+        compiled, cuda_graphs: see :meth:`mark_compiled`.
+    """
+
+    def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False, cuda_graphs: bool = False) -> None:
+        self.model, self.head = model, head
+        self.compiled, self.cuda_graphs = compiled, cuda_graphs
+        self.sharded = is_fsdp(model)
+        # The virtual step keeps the graph for a second backward pass, which code compiled later would forbid by default.
+        if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
+            functorch_config.donated_buffer = False
+        self.device, self.dtype = head.weight.device, head.weight.dtype
+        self._current: Forward | None = None
+        self._probe: Forward | None = None
+        self._verified = False
+        #: The last training pass ran under float16 autocast.
+        self.half = False
+        self._restore_buffers: Callable[[], None] = lambda: None
+        #: Called before each training pass, with its inputs.
+        self.before: Callable[[Forward], None] = lambda forward: None
+        for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]  # of an engine that was not closed
+        self._handles = [
+            # Before FSDP's own hook, which gathers parameters for the pass to come.
+            model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=self.sharded),
+            head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
+        ]
+
+    def mark_compiled(self, cuda_graphs: bool = False) -> None:
+        """The model runs compiled: its features cannot be the base of a difference, whose passes run eagerly. With CUDA
+        graphs, furthermore, no second backward pass through the same pass is possible."""
+        self.compiled, self.cuda_graphs = True, self.cuda_graphs or cuda_graphs
+
+    @property
+    def busy(self) -> bool:
+        """A pass of the meta step is running: other hooks on the model should stand back."""
+        return self._probe is not None
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.busy and module.training and torch.is_grad_enabled():
+            self._current = None  # a pass that nobody took
+            forward = Forward(args, kwargs, rng=rng_state(self.device))
+            self.before(forward)
+            self._current = forward
+
+    def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        # A pass without gradients, or of the eval mode, between model(x) and the criterion is none of ours.
+        record = self._probe or (self._current if torch.is_grad_enabled() and self.model.training else None)
+        if record is None:
+            return
+        record.features = args[0] if args else kwargs["input"]
+        record.logits = output
+        kind = output.device.type
+        autocast = kind != "meta" and torch.is_autocast_enabled(kind)
+        record.autocast_dtype = torch.get_autocast_dtype(kind) if autocast else None
+        record.exact = record.autocast_dtype is None and not self.compiled and not (kind == "cuda" and tf32_enabled())
+
+    def settle(self) -> None:
+        """Have the parameters in their own form after a pass.
+
+        Raises:
+            RuntimeError: it is another one than at the start.
+        """
+        if self.sharded:
+            reshard(self.model)
+        elif is_fsdp(self.model):
+            raise RuntimeError("fully_shard was called after MetaIADA was made: make MetaIADA on the sharded model.")
+        if self.head.weight.device != self.device:
+            raise RuntimeError(
+                f"the model is on {self.head.weight.device}, but MetaIADA was made while it was on {self.device}: move the"
+                " model first, then make MetaIADA."
+            )
+        if self.head.weight.dtype != self.dtype:
+            raise RuntimeError(
+                f"MetaIADA was made while the model was {self.dtype}, and it is {self.head.weight.dtype} now: make it after"
+                " the model got its precision."
+            )
+
+    def take(self, output: Tensor) -> Forward:
+        """The pass that gave the logits ``output``; it can be taken once.
+
+        Raises:
+            RuntimeError: there is none, or the classifier's output is not the model's.
+            ValueError: the features are not ``[N, H]``.
+        """
+        forward, self._current = self._current, None
+        if forward is None or forward.features is None or forward.logits is None:
+            raise RuntimeError(
+                "no training pass was seen: call model(input) in training mode once before each call of the criterion,"
+                " with the model (or its DDP or compiled wrapper) that MetaIADA was made for."
+            )
+        if forward.features.dim() != 2:
+            raise ValueError(
+                f"{type(self.model).__name__}: the classifier sees features of shape {list(forward.features.shape)}; IADA"
+                " needs one vector per sample, [N, H]. A token-wise head must pool before its last layer."
+            )
+        self._verify(forward.features, forward.logits, output)
+        self.half = forward.autocast_dtype == torch.float16
+        return forward
+
+    def _verify(self, features: Tensor, logits: Tensor, output: Tensor) -> None:
+        """``output`` is what the classifier made of ``features``; the values are compared in the first pass, and always
+        on a CPU, where that costs no wait."""
+        same = output.shape == logits.shape
+        if same and output.device.type != "meta" and (not self._verified or output.device.type == "cpu"):
+            with torch.no_grad():
+                expected = self.head.iada_logits(features, None, alpha=0, beta=0).float()
+            # Half precision is off by up to a hundredth; NaN is the loss's business.
+            error = (output.detach().float() - expected).norm() / expected.norm().clamp_min(1e-6)
+            same = not bool(error > 0.05)
+            self._verified = True
+        if not same:
+            raise RuntimeError(
+                f"{type(self.model).__name__}: the logits {list(output.shape)} are not what the classifier"
+                f" {list(logits.shape)} returned in the last pass. Pass the raw logits on, without softmax,"
+                " once after each pass; if the search took the wrong layer, name the right one with classifier='...'."
+            )
+
+    def features_of(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        rng: list[Any] | None = None,
+        replaced: dict[str, Tensor] | None = None,
+        cast: torch.dtype | None = None,
+        autocast: bool = True,
+    ) -> Forward:
+        """Run the model again and see what its classifier does: features ``[N, H]``.
+
+        Args:
+            args, kwargs: the model's inputs; labels are left out.
+            rng: random state to run from, so that dropout masks are those of an earlier pass.
+            replaced: parameters to use in the place of the model's.
+            cast: half-precision inputs are cast to this.
+            autocast: off: past the autocast that Accelerate wraps around ``forward``.
+        """
+        probe = Forward(args, kwargs)
+        self._restore_buffers()  # every pass starts from the same ones
+        kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
+        if cast is not None:
+            half = (torch.float16, torch.bfloat16)
+            args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
+        try:
+            self._probe = probe
+            with self._eager(), nullcontext() if autocast else self._original_forward():
+                if rng is not None:
+                    set_rng_state(self.device, rng)
+                if replaced is None:
+                    output = self.model(*args, **kwargs)
+                    if self.sharded:
+                        probe.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+                else:
+                    functional_call(self.model, replaced, args, kwargs)
+            if probe.features is None:
+                raise RuntimeError("the classifier did not run in a pass of the meta step.")
+            return probe
+        finally:
+            self._probe = None
+            if self.sharded and not torch.is_grad_enabled():
+                reshard(self.model)
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Past ``model.compile()``: a pass of compiled code may write over the outputs of the one before (CUDA graphs)."""
+        compiled = getattr(self.model, "_compiled_call_impl", None)
+        if compiled is None:
+            yield
+            return
+        self.model._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            self.model._compiled_call_impl = compiled
+
+    @contextmanager
+    def _original_forward(self) -> Iterator[None]:
+        """Take Accelerate's autocast off ``forward`` for a block; a model that was prepared twice has it twice."""
+        wrapped = self.model.__dict__.get("forward")
+        original = self.model.__dict__.get("_original_forward")
+        if wrapped is None or original is None:
+            yield
+            return
+        own, function = type(self.model).forward, getattr(original, "__func__", original)
+        while function is not own and hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        self.model.__dict__["forward"] = MethodType(own, self.model) if function is own else original
+        try:
+            yield
+        finally:
+            self.model.__dict__["forward"] = wrapped
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._current = None
