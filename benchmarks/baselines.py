@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from iada_plugin import MetaIADA
 from iada_plugin.head import find_classifier
 from iada_plugin.meta.hypergradient import HeadTangent
-from iada_plugin.meta.learner import MetaStep
+from iada_plugin.meta.learner import MetaLearner
 from iada_plugin.perturbation.characteristics import loss as loss_characteristic
 
 # --------------------------------------------------------------------------------------------------- class imbalance
@@ -95,7 +95,7 @@ def generalized_cross_entropy(output: Tensor, y: Tensor, q: float = 0.7) -> Tens
     return ((1 - p.clamp_min(1e-8) ** q) / q).mean()
 
 
-class _WeightStep(MetaStep):
+class _WeightStep(MetaLearner):
     """The meta step of Meta-Weight-Net: the network's output is a sample's weight instead of its epsilon."""
 
     def train_loss(
@@ -104,14 +104,14 @@ class _WeightStep(MetaStep):
         logits = self.head.iada_logits(features, labels, alpha=0, beta=0)
         return (_share(epsilon) * F.cross_entropy(logits, labels, reduction="none")).sum()
 
-    def _learn(self, layer: HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
+    def learn(self, layer: HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         features, weight, bias, features_dot, weight_dot, bias_dot = layer
         residual = F.linear(features, weight, bias).softmax(dim=1) - F.one_hot(labels, weight.shape[0])
         logits_dot = F.linear(features_dot, weight) + F.linear(features, weight_dot, bias_dot)
         losses_dot = (residual * logits_dot).sum(dim=1)  # directional derivative of every sample's loss
         fine = fine & torch.isfinite(losses_dot).all()
         with torch.enable_grad():
-            self._step_network(-(_share(self.perturbation(f)) * losses_dot).sum(), fine)
+            self.step_network(-(_share(self.perturbation(f)) * losses_dot).sum(), fine)
         return fine
 
 
@@ -122,7 +122,7 @@ def _share(weights: Tensor) -> Tensor:
 class MetaWeightNet(MetaIADA):
     """Meta-Weight-Net (Shu et al., 2019) on the same engine: weight = sigmoid(MLP(loss)), normalised over the batch."""
 
-    step_type = _WeightStep
+    learner_type = _WeightStep
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, characteristics=[loss_characteristic], **kwargs)

@@ -41,8 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import iada_plugin.meta.hypergradient as hg
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, Report
-from iada_plugin.functional.logits import direction_and_scale
 from iada_plugin.functional.covariance import variances
+from iada_plugin.functional.logits import direction_and_scale
 from iada_plugin.head import find_classifier
 from iada_plugin.perturbation.characteristics import BatchState, compute_characteristics
 from iada_plugin.perturbation.network import PerturbationNetwork
@@ -365,11 +365,11 @@ def hypergradient(model: nn.Module, work: Workload, config: dict[str, Any], shar
     x, y = work.batch(work.batch_size, 0, options.device)
     with torch.no_grad():  # an epsilon that is not zero, and class statistics
         drawn = torch.randn(1, 100, generator=torch.Generator().manual_seed(0))
-        iada.meta.perturbation.output.weight.copy_(drawn)
+        iada.learner.perturbation.output.weight.copy_(drawn)
         model.train()
         features = iada.capture.features_of((cast(x),), {}).features
         iada.head.update_statistics(features, y)
-    iada.step = 1
+    iada.start_at(1)
     original = hg.head_hypergradient
 
     def spy(*args: Any) -> Any:
@@ -458,7 +458,7 @@ def recorder_share(work: Workload, setting: Setting, options: Options, model: nn
 
         return run
 
-    names = ("check", "add", "add_meta_loss", "end_step")
+    names = ("check", "see", "commit")
     kept = {name: getattr(Recorder, name) for name in names}
     try:
         for name in names:

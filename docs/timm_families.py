@@ -15,7 +15,7 @@ import torch
 from timm.layers import set_fused_attn
 
 from iada_plugin.head import convert_to_iada, find_classifier
-from iada_plugin.runtime.capture import Capture
+from iada_plugin.runtime.capture import Capture, Forward
 
 
 def smallest_model(module: str) -> str | None:
@@ -39,14 +39,15 @@ def try_family(module: str) -> tuple[str, str, str]:
         classifier, linear = find_classifier(model)
     except (TypeError, ValueError) as error:
         return name, "-", f"refused: {error}"
-    capture = Capture(model, convert_to_iada(linear))
+    seen: list[Forward] = []
+    capture = Capture(model, convert_to_iada(linear), seen.append, lambda: seen[-1] if seen else None)
     size = model.pretrained_cfg.get("input_size", (3, 224, 224))
     try:
         output = model(torch.empty(2, *size, device="meta"))
     except Exception as error:
         return name, classifier, f"found; its pass is not checked: fails on the meta device ({type(error).__name__})"
     try:
-        capture.take(output[0] if isinstance(output, tuple) else output)
+        capture.check(seen[-1], output[0] if isinstance(output, tuple) else output)
     except (RuntimeError, ValueError) as error:
         return name, classifier, f"refused: {error}"
     return name, classifier, "works"

@@ -31,14 +31,10 @@ class IADAConfig:
     warmup_epochs: float | None = _setting(
         None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."
     )
-    statistics_epochs: float = _setting(
-        1.0, "Class statistics are collected over this many epochs before the warm-up ends."
-    )
-    meta_every: int = _setting(1, "K: a meta step every so many optimizer steps.")
-    meta_updates: int | None = _setting(
-        None,
-        "Updates of Omega and Sigma from the passes of one meta step (default: meta_every, so that sparser meta steps"
-        " learn as much).",
+    meta_every: int = _setting(
+        1,
+        "K: a meta step every so many optimizer steps. Omega and Sigma then make K steps from its passes, so that they learn as"
+        " much.",
     )
     meta_momentum: float | None = _setting(
         None,
@@ -82,11 +78,6 @@ class IADAConfig:
         " and the pass is repeated at the end. The model's output then has no graph of its own left, for a further loss say."
         " (schedule='online' never holds two batches' activations, and does not need it.)",
     )
-    virtual_step: str = _setting(
-        "sgd",
-        "'sgd': the virtual step of the paper. 'adaptive': scaled by the second moments of an Adam-like optimizer, taken"
-        " as constants, as its real step is.",
-    )
     virtual_lr: float | None = _setting(
         None, "Learning rate eta_1 of the virtual SGD step (default: the optimizer's current one)."
     )
@@ -97,8 +88,7 @@ class IADAConfig:
     perturbation_scale: str = _setting(
         "margin",
         "What delta is measured in: 'margin' (the change of the own logit's lead over the others, in nats, whatever the"
-        " width of the features), 'feature_std' (of the sample's class), or 'unit' per feature (the paper). A constant in"
-        " every gradient.",
+        " width of the features), or 'unit' per feature (the paper). A constant in every gradient.",
     )
     perturbation_size: float = _setting(5.0, "Size of delta at epsilon = 1, in units of perturbation_scale. Paper: 1.")
     fixed_shift: bool = _setting(
@@ -138,8 +128,7 @@ class IADAConfig:
         self._check("beta", self.beta >= 0, "at least 0")
         self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1), such as 0.8 for 80 %")
         self._check("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "None or at least 0")
-        self._check("statistics_epochs", self.statistics_epochs > 0, "positive")
-        for name in ("meta_every", "covariance_rank", "meta_batch_size", "meta_updates"):
+        for name in ("meta_every", "covariance_rank", "meta_batch_size"):
             count, optional = getattr(self, name), name in _NUMBERS_OR_NONE
             if not (optional and count is None):
                 wanted = "None or a whole number >= 1" if optional else "a whole number >= 1"
@@ -166,17 +155,34 @@ class IADAConfig:
         if not right or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"IADAConfig: {name}={value!r} must be {wanted}.")
 
-    @property
-    def momentum(self) -> float:
-        """``meta_momentum``, or its default for the schedule."""
-        if self.meta_momentum is not None:
-            return self.meta_momentum
-        return 0.8 if self.schedule == "online" else 0.0
+    @classmethod
+    def paper(cls, **settings: Any) -> IADAConfig:
+        """The published form (Zhou et al., 2024): one unit of perturbation in every feature, through which the classifier is
+        trained; plain cross-entropy in the warm-up; a virtual step in every step; Eq. 9 to the letter.
 
-    def meta_batch(self, train_batch: int) -> int:
-        """Meta samples per meta step for so many training samples."""
-        share = 1 if self.schedule == "lookahead" else 4
-        return self.meta_batch_size or max(min(train_batch, 16), train_batch // share)
+        Args:
+            settings: that differ from it.
+        """
+        published: dict[str, Any] = {
+            "perturbation_scale": "unit",
+            "perturbation_size": 1.0,
+            "fixed_shift": False,
+            "prior_in_warmup": False,
+            "covariance_step": "plain",
+            "schedule": "lookahead",
+            "meta_every": 1,
+            "meta_momentum": 0.0,
+        }
+        return cls(**{**published, **settings})
+
+    @classmethod
+    def fine_tuning(cls, **settings: Any) -> IADAConfig:
+        """For pretrained models: one epoch of warm-up.
+
+        Args:
+            settings: that differ from it.
+        """
+        return cls(**{"warmup_epochs": 1, **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON types."""
@@ -198,14 +204,13 @@ class IADAConfig:
         return cls() if config is None else config
 
 
-_NUMBERS_OR_NONE = ("warmup_epochs", "meta_updates", "meta_momentum", "meta_batch_size", "virtual_lr")
+_NUMBERS_OR_NONE = ("warmup_epochs", "meta_momentum", "meta_batch_size", "virtual_lr")
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
     "covariance": ("auto", "full", "diagonal", "low_rank"),
     "hypergradient": ("finite_difference", "forward", "head"),
     "schedule": ("lookahead", "online"),
     "memory": ("fast", "low"),
-    "virtual_step": ("sgd", "adaptive"),
     "on_failure": ("skip", "stop"),
-    "perturbation_scale": ("unit", "feature_std", "margin"),
+    "perturbation_scale": ("unit", "margin"),
 }

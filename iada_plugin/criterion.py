@@ -1,9 +1,11 @@
-"""`MetaIADA`: the Meta-IADA step, once, for every front end."""
+"""`MetaIADA`: the Meta-IADA criterion, one for every front end."""
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,34 +13,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import state
 from .config import IADAConfig
 from .functional.labels import check_labels, is_soft
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
-from .meta.learner import MetaStep, mean_loss
-from .meta.passes import Passes
-from .meta.statistics import Statistics
+from .meta.learner import MetaLearner, mean_loss
+from .meta.schedules import SCHEDULES
+from .meta.tangents import TANGENTS
 from .perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
+from .runtime import state
 from .runtime.batches import MetaBatches
 from .runtime.capture import Capture, Forward
-from .runtime.checks import (
-    check_denominator,
-    check_parameters,
-    check_processes,
-    plan_warmup,
-    refuse_reentrant_checkpointing,
-    unwrap_model,
-    unwrap_optimizer,
-    zero_groups,
-)
+from .runtime.checks import check_denominator, check_processes, unwrap_model, unwrap_optimizer, zero_groups
+from .runtime.failures import Failures
 from .runtime.labels import labels_of, require_all_classes
 from .runtime.processes import global_mean, on_any_process
 from .runtime.sharding import is_fsdp, tie
+from .statistics import Statistics
+from .step import Columns, Step
+from .warmup import WarmUp
 
 logger = logging.getLogger(__name__)
 
 
-class MetaIADA:
+class MetaIADA(nn.Module):
     """Meta-IADA as a training criterion (Zhou et al., IJCAI 2024; Algorithm 1).
 
     Called as ``loss = iada(model(input), target)``. In warm-up it is the cross-entropy, with the class prior added to the
@@ -50,6 +47,10 @@ class MetaIADA:
 
     With ``model.eval()`` or under ``torch.no_grad()`` the call is the plain cross-entropy and changes nothing: a
     validation loss.
+
+    It is a module, so that it can stand wherever a criterion does, but it registers nothing: a module that holds it keeps its
+    parameters and the keys of its state dict. Its own state is ``state_dict()``. A deep copy of it (in the copy that an EMA makes
+    of its owner) is a plain cross-entropy for evaluation; it cannot be pickled.
 
     Args:
         model: the model, before or after DDP or ``torch.compile``; its classifier is converted in place to an
@@ -67,9 +68,8 @@ class MetaIADA:
 
     Attributes:
         epsilon: ``[N]`` of the last training batch, ``None`` in warm-up. Low values mark labels that look wrong.
-        step: optimizer steps so far.
         trained: whether a backward pass went through a loss of this criterion.
-        recorder: takes note of what is trained, for a :class:`iada_plugin.Report`.
+        observers: each is given every step when it is over, for a :class:`iada_plugin.Report` say.
         before_close: functions that :meth:`close` calls first, while the classifier still has its statistics.
 
     Raises:
@@ -89,7 +89,7 @@ class MetaIADA:
     """
 
     #: What learns from the meta set; a subclass may put another one in its place.
-    step_type: type[MetaStep] = MetaStep
+    learner_type: type[MetaLearner] = MetaLearner
 
     def __init__(
         self,
@@ -104,36 +104,30 @@ class MetaIADA:
         classifier: str | nn.Module | None = None,
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
+        super().__init__()
         self.config = config = IADAConfig.of(config)
         check_processes()
         self.model, *compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
-        self.warmup_steps, self.statistics_start = plan_warmup(config, steps_per_epoch, epochs)
+        self.warmup = WarmUp(config, steps_per_epoch, epochs)
         self.steps_per_epoch = steps_per_epoch
         self.epsilon: Tensor | None = None
-        self.recorder: Any = None
+        self.observers: list[Any] = []
         self.before_close: list[Callable[[], None]] = []
-        self.step, self._calls, self._warned, self._closed = 0, 0, False, False
-        self.trained, self._backward = False, False
-        self._made_in: int | None = None  # the optimizer step whose meta step was made
+        self.trained = False
+        self._step = Step(0)
+        self._calls, self._warned, self._closed = 0, False, False
         groups = zero_groups(optimizer)
-        self._group_steps, self._groups_in_step = 0, 1 if groups is None else len(groups)
+        self._groups_in_step = 1 if groups is None else len(groups)
         # FSDP and DeepSpeed do not accumulate in p.grad.
         self._gradients_elsewhere = groups is not None or is_fsdp(self.model)
         self.classifier_name, linear = find_classifier(self.model, classifier)
-        parameters = check_parameters(self.model, linear, config)
-        self._parameters = list(parameters.values())
+        parameters = TANGENTS[config.hypergradient].parameters_of(self.model, linear, config)
+        SCHEDULES[config.schedule].check(self.model, config)
+        self._parameters_moved = list(parameters.values())
         self._trainable = [p.requires_grad for p in self.model.parameters()]
-        refuse_reentrant_checkpointing(self.model, config)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
-        if "_converted_from" in vars(linear):
-            warnings.warn("an earlier MetaIADA on this model was not closed: this one takes its place.")
-            restore_linear(linear)  # type: ignore[arg-type]
-        if isinstance(linear, IADAHead):
-            self.head = linear
-        else:
-            self.head = convert_to_iada(linear, covariance=config.covariance, covariance_rank=config.covariance_rank)
-        self._conversion = vars(self.head).get("_converted_from")
+        self._begin_head(linear)
         try:
             if class_counts is not None:
                 self.head.set_class_counts(class_counts)
@@ -142,41 +136,84 @@ class MetaIADA:
                 trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
                 require_all_classes(labels, self.head.out_features, trained)
             self.statistics = Statistics(self.head, config, characteristics)
-            if self.warmup_steps == 0:
+            if self.warmup.steps == 0:
                 self.statistics.begin_augmentation()
         except Exception:
             self._restore_head()
             raise
-        self.capture = Capture(self.model, self.head, *compiled)
+        own = weakref.ref(self)  # hooks must not keep alive what nobody else holds
+        self.capture = Capture(
+            self.model,
+            self.head,
+            lambda forward: None if (iada := own()) is None else iada._begin_pass(forward),
+            lambda: None if (iada := own()) is None else iada._step.forward,
+            *compiled,
+        )
         try:
-            passes = Passes(self.capture, optimizer, parameters, self.meta_batches, config)
-            self.meta = self.step_type(passes, len(self.statistics.characteristics))
-            passes.check_batch()
+            self.schedule = SCHEDULES[config.schedule](self.capture, optimizer, parameters, self.meta_batches, config)
+            self.learner = self.learner_type(self.head, config, len(self.statistics.characteristics))
+            self.schedule.gradient.check_batch()
         except Exception:
             self.capture.remove()
             self._restore_head()
             raise
-        self.capture.before = self._before_pass
-        self._step_hook = self.optimizer.register_step_post_hook(self._after_optimizer_step)
+        self.failures = Failures(config.on_failure, self.capture.device)
+        #: What is saved, by name; and what follows each step, in this order.
+        self.parts: dict[str, state.Stateful] = {
+            "meta": self.schedule.gradient,
+            "omega": self.learner,
+            "statistics": self.statistics,
+            "failures": self.failures,
+            "warmup": self.warmup,
+            "progress": _Progress(self),
+        }
+        self._step_hook = self.optimizer.register_step_post_hook(
+            lambda *_: None if (iada := own()) is None else iada._after_optimizer_step()
+        )
         # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
-        own = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
+        buffers = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
         self._ddp_ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", None)
-        self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *own]  # type: ignore[assignment]
+        self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *buffers]  # type: ignore[assignment]
         kept = [t for t in (self.head.covariance, self.head.covariance_factor) if t is not None]
         logger.info(
             "Meta-IADA on %s of %s: warm-up for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
-            *(self.classifier_name, type(self.model).__name__, self.warmup_steps, config.meta_every),
+            *(self.classifier_name, type(self.model).__name__, self.warmup.steps, config.meta_every),
             *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
         )
+
+    def _begin_head(self, linear: nn.Linear) -> None:
+        if "_converted_from" in vars(linear):
+            warnings.warn("an earlier MetaIADA on this model was not closed: this one takes its place.")
+            restore_linear(linear)  # type: ignore[arg-type]
+        if not isinstance(linear, IADAHead):
+            linear = convert_to_iada(
+                linear, covariance=self.config.covariance, covariance_rank=self.config.covariance_rank
+            )
+        self.head: IADAHead = linear
+        self._conversion = vars(self.head).get("_converted_from")
 
     # ------------------------------------------------------------------------------------------------ the criterion
 
     @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self._step.number
+
+    def start_at(self, step: int) -> None:
+        """Go on as if ``step`` optimizer steps had been made; an unfinished one is thrown away."""
+        forward = self._step.forward
+        self._step.abandon()
+        self._step = Step(step)
+        self._step.forward = forward
+
+    @property
     def in_warmup(self) -> bool:
         """Whether the next optimizer step still trains without perturbation."""
-        return self.step < self.warmup_steps
+        return self.step < self.warmup.steps
 
-    def __call__(
+    # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
+    @torch.compiler.disable
+    def forward(
         self,
         output: Tensor,
         target: Tensor,
@@ -199,11 +236,6 @@ class MetaIADA:
             ValueError: labels that are no class indices, soft targets after the warm-up, or ids that are no row numbers.
             RuntimeError: ``output`` does not come from this model's classifier.
         """
-        return self._loss(output, target, denominator, ids)  # type: ignore[no-any-return]
-
-    # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
-    @torch.compiler.disable
-    def _loss(self, output: Tensor, target: Tensor, denominator: Tensor | float | None, ids: Tensor | None) -> Tensor:
         if self._closed:
             raise RuntimeError("this MetaIADA was closed: make a new one, or call close() after the last step.")
         if not isinstance(output, Tensor):
@@ -212,34 +244,47 @@ class MetaIADA:
             raise TypeError(f"target is a {type(target).__name__}: pass a tensor of class indices [N].")
         check_denominator(denominator)
         if not (torch.is_grad_enabled() and self.model.training):
-            if torch.is_grad_enabled() and output.requires_grad and not self._warned:
-                self._warned = True
-                warnings.warn(
-                    "the model is in eval mode with gradients on: this loss is plain cross-entropy. Call model.train()"
-                    " before training, and evaluate under torch.no_grad()."
-                )
-            if not is_soft(target, output):
-                check_labels(target, output.shape[0], output.shape[-1], always=self.step == 0)
-                target = target.long()
-            return F.cross_entropy(output, target)
+            return self._evaluation_loss(output, target)
         self.capture.settle()
-        # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
-        with torch.autocast(output.device.type, enabled=False):
-            loss = self._training_loss(output, target, denominator, ids)
+        try:
+            # Under the caller's autocast epsilon and the statistics would be rounded to half precision.
+            with torch.autocast(output.device.type, enabled=False):
+                loss = self._training_loss(output, target, denominator, ids)
+        except BaseException:
+            self._throw_away()
+            raise
         if denominator is None:
             loss = global_mean(loss, output.shape[0])
         if self.capture.sharded:
             loss = tie(loss, [output])
         if loss.requires_grad:
-            loss.register_hook(self._note_backward)
+            step = self._step
+
+            def note(gradient: Tensor) -> None:
+                self.trained = step.backward = True
+
+            loss.register_hook(note)
         return loss
+
+    def _evaluation_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and output.requires_grad and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the model is in eval mode with gradients on: this loss is plain cross-entropy. Call model.train()"
+                " before training, and evaluate under torch.no_grad()."
+            )
+        if not is_soft(target, output):
+            check_labels(target, output.shape[0], output.shape[-1], always=self.step == 0)
+            target = target.long()
+        return F.cross_entropy(output, target)
 
     def _training_loss(
         self, output: Tensor, target: Tensor, denominator: Tensor | float | None, ids: Tensor | None
     ) -> Tensor:
-        forward = self.capture.take(output)
-        if self.recorder is not None:
-            self.recorder.check(ids, output.shape[0])
+        passed, self._step.forward = self._step.forward, None
+        forward = self.capture.check(passed, output)
+        for observer in self.observers:
+            observer.check(ids, output.shape[0])
         self._end_skipped_step()
         self._calls += 1
         if self._calls == 200 and self.step == 0:
@@ -247,54 +292,85 @@ class MetaIADA:
                 "200 training batches and not one optimizer step was counted: is the optimizer given to MetaIADA the one"
                 " whose step() is called? Without steps the warm-up never ends."
             )
+        step = self._step
+        step.half = forward.autocast_dtype == torch.float16
         if is_soft(target, output):
             return self._soft_target_loss(output, target)
         check_labels(target, output.shape[0], output.shape[1], always=self.step == 0)
         target = target.long()
         if self.in_warmup:
-            self.statistics.observe(forward, target, characteristics=self.step >= self.statistics_start)
-            return mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator)
-        first = self.statistics.begin_augmentation()
-        f = self.statistics.observe(forward, target, characteristics=True)
-        features = forward.features
-        try:
-            if first and self._meta_step_due and self._made_in != self.step:
-                if [p.requires_grad for p in self.model.parameters()] != self._trainable:
-                    raise RuntimeError(
-                        "parameters were frozen or unfrozen (requires_grad) after MetaIADA was made: close() it and make a new"
-                        " one, which can take over its state_dict()."
-                    )
-                features = self.meta(forward, target, f, self.step)
-                if self.recorder is not None and self.meta.failed_at != self.step:
-                    self.recorder.add_meta_loss(*self.meta.last_loss)
-                self._made_in = self.step  # if what follows fails, a second try has it already
-            epsilon = self.meta.epsilon(f)
-            loss = self.meta.train_loss(features, target, epsilon, denominator)
-            if self.recorder is not None:
-                self.recorder.add(target, forward.logits, *self.statistics.last, epsilon, ids)  # type: ignore[arg-type]
-            self.statistics.note(epsilon)
-        except BaseException:
-            self.statistics.forget_last()
-            self.meta.passes.forget()
-            raise
+            samples = self.statistics.observe(
+                forward, target, characteristics=step.number >= self.warmup.statistics_start
+            )
+            loss = mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator)
+            step.add(samples)
+            return loss
+        return self._augmented_loss(forward, target, denominator, ids)
+
+    def _augmented_loss(
+        self, forward: Forward, target: Tensor, denominator: Tensor | float | None, ids: Tensor | None
+    ) -> Tensor:
+        step = self._step
+        step.augmented = True
+        self.statistics.begin_augmentation()
+        samples = self.statistics.observe(forward, target, characteristics=True)
+        features: Tensor = forward.features  # type: ignore[assignment]
+        if self._meta_step_due:
+            if [p.requires_grad for p in self.model.parameters()] != self._trainable:
+                raise RuntimeError(
+                    "parameters were frozen or unfrozen (requires_grad) after MetaIADA was made: close() it and make a new"
+                    " one, which can take over its state_dict()."
+                )
+            features = self._meta_step(forward, samples)
+        epsilon = self.learner.epsilon(samples["f"])
+        loss = self.learner.train_loss(features, target, epsilon, denominator)
+        samples["epsilon"] = epsilon
+        seen = [(observer, observer.see(samples, forward.logits, ids)) for observer in self.observers]
+        step.add(samples, seen)
         self.epsilon = epsilon
         return loss
+
+    def _meta_step(self, forward: Forward, samples: Columns) -> Tensor:
+        """Update Omega and Sigma; the features ``[N, H]`` to take the loss of."""
+        step, learner = self._step, self.learner
+        labels, f = samples["labels"], samples["f"]
+        step.on_abandon(self.failures.snapshot())
+        with self.failures.survived(step.leave_meta_out):
+            epsilon = learner.epsilon(f)
+            probe, step.probe = step.probe, None
+            tangent, probe = self.schedule.tangent(
+                forward, probe, lambda h: learner.train_loss(h, labels, epsilon), labels.numel(), step.number
+            )
+            fine = learner.update(tangent, labels, f, step.on_abandon)
+            step.meta = tangent.meta_loss, fine
+            step.average, step.gradient_fine = probe.average, probe.fine
+            self.failures.made(fine)
+        if step.meta is not None and (step.meta[1].device.type == "cpu" or self.config.on_failure == "stop"):
+            self.failures.check()
+        return self.schedule.features_to_train(forward)
 
     @property
     def _meta_step_due(self) -> bool:
         # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
-        config = self.config
+        config, step = self.config, self._step
         learns = config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)
-        return learns and (self.step - self.warmup_steps) % config.meta_every == 0
+        due = learns and (step.number - self.warmup.steps) % config.meta_every == 0
+        return due and not (step.begun or step.meta_done)
 
-    def _note_backward(self, gradient: Tensor) -> None:
-        self.trained = self._backward = True
-
-    def _before_pass(self, forward: Forward) -> None:
+    def _begin_pass(self, forward: Forward) -> None:
+        """Called before each training pass."""
+        self._step.forward = None  # a pass that nobody took
         self._end_skipped_step()
-        made = self.statistics.pending or self._made_in == self.step
-        if not self.in_warmup and self._meta_step_due and not made:
-            self.meta.before_pass(forward, self.step)
+        step = self._step
+        if not self.in_warmup and self._meta_step_due and step.probe is None:
+            try:
+                step.on_abandon(self.failures.snapshot())
+                with self.failures.survived(step.leave_meta_out):
+                    step.probe = self.schedule.before_pass(forward, step.number)
+            except BaseException:
+                self._throw_away()
+                raise
+        self._step.forward = forward
 
     def _with_prior(self, output: Tensor) -> Tensor:
         """Logits of the warm-up."""
@@ -303,84 +379,91 @@ class MetaIADA:
         return output + self.config.beta * self.statistics.log_prior().to(output.dtype)
 
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        if self.step < self.statistics_start:
+        if self.step < self.warmup.statistics_start:
             return F.cross_entropy(self._with_prior(output.float()), target.float())
         raise ValueError(
-            f"soft targets {list(target.shape)} at step {self.step}: from step {self.statistics_start} on, where class"
+            f"soft targets {list(target.shape)} at step {self.step}: from step {self.warmup.statistics_start} on, where class"
             " statistics are collected before the warm-up ends, IADA needs class indices. Switch mixup and cutmix off by"
             " then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0)."
         )
 
+    # ------------------------------------------------------------------------------------------------ the end of a step
+
     @torch.compiler.disable
-    def _after_optimizer_step(self, *_: Any) -> None:
-        self._group_steps += 1
-        if self._group_steps >= self._groups_in_step:
-            self._group_steps = 0
-            self._flush()
-            self.step += 1
+    def _after_optimizer_step(self) -> None:
+        self._step.inner += 1
+        if self._step.inner >= self._groups_in_step:
+            self._commit()
+            self._step = Step(self._step.number + 1)
 
-    def _flush(self) -> None:
-        if self.recorder is not None:
-            self.recorder.end_step(self.step, 0 if self.in_warmup else 2 if self._made_in == self.step else 1)
-        self._backward, self._made_in = False, None
+    def _commit(self) -> None:
+        """The step is over; :attr:`step` counts it only if the optimizer has made it."""
+        step, self._step = self._step, Step(self._step.number)
         with torch.autocast(self.capture.device.type, enabled=False):
-            self.statistics.flush(in_warmup=self.in_warmup, f_moments=self.meta.perturbation, log=self.meta.log)
+            if step.meta is not None:
+                self.schedule.gradient.commit(step.average, step.gradient_fine, step.half)
+            step.commit((self.statistics, self.learner, *self.observers))
 
-    def start_step(self) -> None:
-        """Forget how far the current optimizer step is, for another state."""
-        self._backward, self._made_in, self._group_steps = False, None, 0
-        self.meta.failed_at = None
+    def _throw_away(self) -> None:
+        self._step.abandon()
+        self._step = Step(self._step.number)
 
     def _end_skipped_step(self) -> None:
         """In float16 a GradScaler that finds an overflow leaves ``optimizer.step()`` out, and with it the hook. The step is
         over nevertheless, if gradients were cleared after a backward pass or, where they are cleared later, overflowed: what
         comes now is the first micro-batch of the next one, not a further one of the same."""
-        half = self.capture.half and not self._gradients_elsewhere
-        if not (half and self._backward and self.statistics.pending):
+        step = self._step
+        if self._gradients_elsewhere or not (step.half and step.backward and step.begun):
             return
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        gradients = [p.grad for p in self._parameters_moved if p.grad is not None]
         over = not gradients or not bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all())
         if on_any_process(over, self.capture.device):
-            self._flush()
+            forward = step.forward
+            self._commit()
+            self._step.forward = forward
 
     def pop_metrics(self) -> dict[str, float]:
         """Averages since the last call: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio`` (share
         with epsilon > 0), ``iada/meta_loss``, the first and third per class where there are at most ten, and
         ``iada/skipped_steps`` once there are any. Empty in warm-up."""
-        metrics = self.meta.log.pop()
-        if skipped := self.meta.check_skipped():
+        metrics = self.learner.log.pop()
+        if skipped := self.failures.check():
             metrics["iada/skipped_steps"] = float(skipped)
         return metrics
 
     # ---------------------------------------------------------------------------------------------- state and removal
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Everything a resumed run needs, as tensors: Omega, its Adam state, class statistics, averages, counters. To be
-        taken between optimizer steps."""
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Everything a resumed run needs, as tensors: of each part under its name (``parts``). To be taken between optimizer
+        steps. For the module that owns this one, whose state dict it is no part of, nothing."""
+        if destination is not None:
+            return destination
+        if not hasattr(self.head, "covariance"):
+            raise RuntimeError("this MetaIADA was closed: take its state_dict() before close().")
         self._end_skipped_step()
-        if self.statistics.pending:
+        if self._step.begun:
             warnings.warn(
                 "state_dict() in the middle of an optimizer step: a run that resumes from it makes the meta step of this step"
                 " again. Take it after optimizer.step()."
             )
-        return state.collect(self)
+        return state.collect(self.parts)
 
-    def load_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Restore :meth:`state_dict`. Nothing is changed unless everything fits.
 
         Raises:
-            ValueError: missing or unknown entries, or other shapes (another model, class count or setting).
+            ValueError: missing or unknown entries, or other shapes (another model, class count, setting or version).
         """
-        state.restore(self, state_dict)
+        state.restore(self.parts, state_dict)
 
     def close(self) -> None:
         """Remove the hooks and turn the classifier back into what it was. May be called twice."""
         if self._calls and self.epsilon is None and not self._closed:
             warnings.warn(
                 f"MetaIADA was closed before its first meta step: {self.step} optimizer steps were counted and the warm-up"
-                f" lasts {self.warmup_steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."
+                f" lasts {self.warmup.steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."
             )
-        if not self._closed and self.meta_batches.drawn and self.meta.skipped >= self.meta_batches.drawn:
+        if not self._closed and self.meta_batches.drawn and self.failures.skipped >= self.meta_batches.drawn:
             warnings.warn("every meta step of this run was left out (iada/skipped_steps): it learned no perturbation.")
         functions = () if self._closed else self.before_close
         self._closed = True
@@ -391,7 +474,7 @@ class MetaIADA:
             self._remove()
 
     def _remove(self) -> None:
-        self.meta.passes.forget()
+        self._step = Step(self._step.number)
         self.capture.remove()
         self._step_hook.remove()
         self._restore_head()
@@ -403,3 +486,54 @@ class MetaIADA:
     def _restore_head(self) -> None:
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
             restore_linear(self.head)
+
+    # ------------------------------------------------------------------------------------------- a module among modules
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # nothing is registered
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MetaIADA:
+        return self  # the model is moved by its owner; a move after the start is said by the next call
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return _Copy()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            "MetaIADA cannot be pickled, since it holds the model, its optimizer and hooks on both: save iada.state_dict(), and"
+            " load it into a new MetaIADA."
+        )
+
+
+class _Copy(nn.Module):
+    """What stands for a criterion in a copy of its owner."""
+
+    def forward(self, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Cross-entropy, for evaluation.
+
+        Raises:
+            RuntimeError: it is trained with.
+        """
+        if torch.is_grad_enabled() and output.requires_grad:
+            raise RuntimeError(
+                "this is a copy of a MetaIADA, which trains the model of the original only: make a new one."
+            )
+        return F.cross_entropy(output, target)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        return copy.copy(self)
+
+
+class _Progress:
+    """Optimizer steps so far, as a part of the state."""
+
+    def __init__(self, iada: MetaIADA) -> None:
+        self._iada = weakref.proxy(iada)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """``step``, ``[]``."""
+        return {"step": torch.tensor(self._iada.step)}
+
+    def load_state_dict(self, found: dict[str, Tensor]) -> None:
+        """Begin that step."""
+        self._iada.start_at(int(found["step"]))

@@ -64,7 +64,7 @@ def loss(after, labels=Y, change=lambda output, iada: output, x=X, **options):
     try:
         return iada(change(iada.model(x), iada), labels, **options)
     except Exception:
-        assert not iada.statistics.pending and iada.step == after
+        assert not iada._step.begun and iada.step == after
         raise
 
 
@@ -72,7 +72,7 @@ def fits(after, x=X, y=Y):
     """Three steps go well."""
     iada = warmed(after)
     value = train(iada, x, y, steps=3)
-    return value.isfinite() and iada.meta.skipped == 0 and finite(iada)
+    return value.isfinite() and iada.failures.skipped == 0 and finite(iada)
 
 
 def finite(iada):
@@ -231,14 +231,14 @@ row("evaluation: int32", lambda t: torch.equal(evaluated(Y.int()), evaluated(Y))
 
 # ----------------------------------------------------------------------------------------------------- states and files
 for name, change, pattern in (
-    ("missing", lambda s: {k: v for k, v in s.items() if k != "counters"}, "counters is missing"), ("empty", lambda s: {}, "is missing"),
-    ("extra", lambda s: s | {"a": torch.ones(1)}, "a is unknown"), ("other shape", lambda s: s | {"head.class_mean": X}, r"\[12, 6\], not \[3, 16\]"),
-    ("other class count", lambda s: s | {"label_count": torch.ones(4)}, r"\[4\], not \[3\]"), ("a model's", lambda s: MLP().state_dict(), "is unknown|is missing"),
+    ("missing", lambda s: {k: v for k, v in s.items() if k != "progress.step"}, "progress.step is missing"), ("empty", lambda s: {}, "is missing"),
+    ("extra", lambda s: s | {"a": torch.ones(1)}, "a is unknown"), ("other shape", lambda s: s | {"statistics.head.class_mean": X}, r"\[12, 6\], not \[3, 16\]"),
+    ("other class count", lambda s: s | {"statistics.label_count": torch.ones(4)}, r"\[4\], not \[3\]"), ("a model's", lambda s: MLP().state_dict(), "is unknown|is missing"),
 ):
     row(f"state {name}", lambda t, c=change: restored(c), ValueError, f"another model or setting.*{pattern}")
-for name, change in {"none": lambda s: None, "list": list, "of lists": lambda s: s | {"label_count": [1.0, 1.0, 1.0]}}.items():
+for name, change in {"none": lambda s: None, "list": list, "of lists": lambda s: s | {"statistics.label_count": [1.0, 1.0, 1.0]}}.items():
     row(f"state {name}", lambda t, c=change: restored(c), (TypeError, ValueError), "(?i)state")
-for name, key, factor in (("NaN", "head.covariance", NAN), ("negative steps", "counters", -1)):
+for name, key, factor in (("NaN", "statistics.head.covariance", NAN), ("negative steps", "progress.step", -1)):
     row(f"state {name}", lambda t, k=key, f=factor: restored(lambda s: s | {k: s[k] * f}), ValueError, key)
 DAMAGED = "is damaged or no Meta-IADA state.*Resume from an older checkpoint"
 for name, change in {

@@ -153,7 +153,7 @@ def test_meta_weight_nets_gradient_is_that_of_double_backward():
                         hypergradient="forward", meta_lr=1e-3)  # fmt: skip
     engine = baselines.MetaWeightNet(run.model, run.optimizer, meta_loader=[(meta_x, meta_y)], class_counts=[6, 6],
                                      steps_per_epoch=1, epochs=2, config=config)  # fmt: skip
-    network = engine.meta.perturbation
+    network = engine.learner.perturbation
     with torch.no_grad():
         network.output.weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     x, y = run.train.x, run.train.y

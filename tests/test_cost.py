@@ -13,6 +13,7 @@ from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
 from iada_plugin.functional.covariance import put, relative_step, take
 from iada_plugin.meta import hypergradient as hg
+from iada_plugin.meta.difference import forward_tangent
 
 meter = load("meter")
 logits_cost = load("logits_cost")
@@ -163,7 +164,7 @@ def test_double_backward_trains_the_same_network():
     gradient = torch.autograd.grad(own.loss(h, values["head.weight"], values["head.bias"], y), list(values.values()))
     moved = {k: (p - 0.05 * g).detach().requires_grad_() for (k, p), g in zip(values.items(), gradient, strict=True)}
     meta_gradient = torch.autograd.grad(F.cross_entropy(run(moved, meta[0])[1], meta_y), list(moved.values()))
-    features, dot = hg.forward_tangent(lambda replaced: run(replaced, batch[0])[0], values, meta_gradient)
+    features, dot = forward_tangent(lambda replaced: run(replaced, batch[0])[0], values, meta_gradient)
     named = dict(zip(values, meta_gradient, strict=True))
     tangent = hg.HeadTangent(
         features, split.head.weight, split.head.bias, dot, named["head.weight"], named["head.bias"]

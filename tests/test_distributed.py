@@ -83,9 +83,9 @@ def train(rank, world, name):
         optimizer.step()
     metrics = {k: torch.tensor(v) for k, v in iada.pop_metrics().items()}
     state = iada.state_dict()
-    if "head.covariance_factor" in state:  # its columns have no sign
-        state["head.covariance"] += state["head.covariance_factor"].square().sum(dim=2)
-        state["head.covariance_factor"] = state["head.covariance_factor"].abs()
+    if "statistics.head.covariance_factor" in state:  # its columns have no sign
+        state["statistics.head.covariance"] += state["statistics.head.covariance_factor"].square().sum(dim=2)
+        state["statistics.head.covariance_factor"] = state["statistics.head.covariance_factor"].abs()
     table = {f"samples.{k}": torch.from_numpy(v) for k, v in report._merged().samples().items()}
     counts = {f"counts.{k}": torch.from_numpy(v) for k, v in report._merged().by_class.items()}
     rows = {"rows": torch.tensor(len(report._merged().rows()["id"]))}
@@ -166,7 +166,7 @@ def one_rank_is_not_finite(rank):
                 optimizer.zero_grad()  # a user's own guard: no step with gradients that are NaN everywhere
                 continue
             optimizer.step()
-        assert iada.meta.skipped == 1
+        assert iada.failures.skipped == 1
         state = torch.cat([v.double().flatten() for v in iada.state_dict().values()])
         assert bool(state.isfinite().all())
         both = gather_rows(state[None])[0]
@@ -189,7 +189,7 @@ def test_processes_equal_one(tmp_path, world):
         print(f"{name}, {world} processes: parameters {parameters:.1e}, Omega {gap['perturbation.output.weight']:.1e}")
         assert parameters <= (1e-8 if exact else 1e-5), (name, parameters)
         for key, value in gap.items():
-            if exact or key.startswith(("head.", "iada/", "samples.", "counts.", "rows")):
+            if exact or key.startswith(("statistics.head.", "iada/", "samples.", "counts.", "rows")):
                 assert value <= (1e-7 if exact else 1e-3), (name, key, value)
 
 

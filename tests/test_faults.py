@@ -16,8 +16,8 @@ from torch import nn
 from iada_plugin import IADAConfig, MetaIADA, meta_dataloader
 from iada_plugin.meta import hypergradient as hg
 from iada_plugin.meta import learner as meta_step_module
-from iada_plugin.meta.learner import PATIENCE
-from iada_plugin.runtime.batches import MetaLoaderError
+from iada_plugin.meta import tangents
+from iada_plugin.runtime.failures import PATIENCE, MetaLoaderError
 
 SETTINGS = {
     "lookahead": {},
@@ -67,7 +67,7 @@ class Run:
             random.getstate(),
             str(np.random.get_state()),
             hooks(self.model),
-            len(self.iada.statistics._pending),
+            self.iada._step.begun,
         )
 
 
@@ -100,21 +100,21 @@ def failing(monkeypatch, where, error, after=0):
 
 def places(run):
     """Where a meta step can be hit, from its beginning to its end."""
-    passes, step = run.iada.meta.passes, run.iada.meta
+    schedule, step = run.iada.schedule, run.iada.learner
     online, mode = run.iada.config.schedule == "online", run.iada.config.hypergradient
     found = {
         "drawing the meta batch": (run.iada.meta_batches, "draw"),
-        "the meta pass": (passes, "_meta_gradient"),
+        "the meta pass": (schedule.gradient, "at_parameters"),
         "a layer in the meta pass": (run.model.block[0], "forward"),
         "Omega's step": (step.meta_optimizer, "step"),
         "Sigma's step": (meta_step_module, "relative_step"),
         "the head's hypergradient": (hg, "head_hypergradient"),
-        "completing the tangent": (passes.tangents, "complete"),
+        "completing the tangent": (schedule.tangents, "complete"),
     }
     if not online:
-        found["the virtual step"] = (passes, "_virtual_step")
+        found["the virtual step"] = (schedule, "_virtual_step")
     if mode == "finite_difference":
-        found["the displaced pass"] = (hg, "displaced_features")
+        found["the displaced pass"] = (tangents, "displaced_features")
     return found
 
 
@@ -149,8 +149,7 @@ def test_a_step_that_is_broken_off_and_tried_again(name, kind, monkeypatch):
                     if not key.startswith("fc."):
                         buffer.copy_(buffers[key])
                 torch.set_rng_state(states)
-        # The running average of the meta gradient may have it already; the second try then takes it from there.
-        same(before, run.everything(), but=("meta_gradient", "meta_counted"))
+        same(before, run.everything())
         kept = run.iada.state_dict()
         run.iada.load_state_dict(kept)
     run.step(3)
@@ -162,11 +161,17 @@ def test_out_of_memory_costs_one_meta_step(name, monkeypatch):
     run = Run(SETTINGS[name])
     for seed in range(3):
         run.step(seed)
-    learned = ("perturbation.output", "perturbation.hidden", "meta_", "head.covariance")
+    learned = (
+        "omega.perturbation.output",
+        "omega.perturbation.hidden",
+        "omega.adam",
+        "meta.",
+        "statistics.head.covariance",
+    )
     before = {k: v for k, v in run.iada.state_dict().items() if k.startswith(learned)}
     error = RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
     with (
-        failing(monkeypatch, (run.iada.meta.passes, "_meta_gradient"), error),
+        failing(monkeypatch, (run.iada.schedule.gradient, "at_parameters"), error),
         pytest.warns(UserWarning, match="out of"),
     ):
         assert run.step(3).isfinite()
@@ -176,13 +181,13 @@ def test_out_of_memory_costs_one_meta_step(name, monkeypatch):
     run.step(4)
     assert run.iada.pop_metrics()["iada/skipped_steps"] == 1 and run.iada.step == 5
     # An error that is none of the machine's is not hidden, nor is one in the first meta step.
-    mistake = failing(monkeypatch, (run.iada.meta.passes, "_meta_gradient"), RuntimeError("a mistake"))
+    mistake = failing(monkeypatch, (run.iada.schedule.gradient, "at_parameters"), RuntimeError("a mistake"))
     with mistake, pytest.raises(RuntimeError, match="a mistake"):
         run.step(5)
     fresh = Run(SETTINGS[name])
     fresh.step(0), fresh.step(1)
     with (
-        failing(monkeypatch, (fresh.iada.meta.passes, "_meta_gradient"), error),
+        failing(monkeypatch, (fresh.iada.schedule.gradient, "at_parameters"), error),
         pytest.raises(RuntimeError, match="memory"),
     ):
         fresh.step(2)
@@ -225,7 +230,7 @@ def test_a_meta_loader_that_raises(name, endless):
             for step in range(9):
                 run.step(step)
             break
-    assert run is not None and run.iada.meta.skipped >= 1 and run.iada.step == 9
+    assert run is not None and run.iada.failures.skipped >= 1 and run.iada.step == 9
     drawn = run.iada.meta_batches.drawn
     assert drawn == 7  # those that failed count
 
@@ -237,7 +242,7 @@ def test_a_meta_loader_that_ends():
     before = run.everything()
     with pytest.raises(ValueError, match="yields nothing"):
         run.step(4)
-    same(before, run.everything(), but=("model.", "grad.", "rng", "meta_p"))
+    same(before, run.everything(), but=("model.", "grad.", "rng", "meta.position"))
     short = Run({}, [images(90)])  # one that can be read again never ends
     for seed in range(6):
         short.step(seed)
@@ -259,13 +264,13 @@ def test_numbers_that_are_not_finite(name, value, where):
     if where == "virtual step":
         if name != "lookahead":
             pytest.skip("there is none")
-        run.iada.config.virtual_lr = 1e38 if value > 0 else 1e30
+        run.iada.schedule.virtual.lr = 1e38 if value > 0 else 1e30
     learned = (
-        "perturbation.output",
-        "perturbation.hidden",
-        "meta_o",
-        "head.covariance",
-        *(["meta_g"] if where == "meta" else []),
+        "omega.perturbation.output",
+        "omega.perturbation.hidden",
+        "omega.adam",
+        "statistics.head.covariance",
+        *(["meta.average"] if where == "meta" else []),
     )
     before = {k: v for k, v in run.iada.state_dict().items() if k.startswith(learned)}
     inputs = images(3)[0]
@@ -281,8 +286,8 @@ def test_numbers_that_are_not_finite(name, value, where):
     for key, buffer in run.model.named_buffers():
         if key in buffers:  # BatchNorm's, which the training pass has moved
             buffer.data.copy_(buffers[key])
-    run.iada.config.virtual_lr = None
-    run.iada._flush()
+    run.iada.schedule.virtual.lr = None
+    run.iada._after_optimizer_step()
     for seed in range(4, 7):
         assert run.step(seed).isfinite()
     metrics = run.iada.pop_metrics()
@@ -299,7 +304,7 @@ def test_stop_and_patience():
     before = run.everything()
     with pytest.raises(RuntimeError, match="on_failure='skip' would go on"):
         run.step(3)
-    same(before, run.everything(), but=("model.", "grad.", "rng", "counters", "meta_p"))
+    same(before, run.everything(), but=("model.", "grad.", "rng"))
     run = Run({}, [nan])
     with pytest.warns(UserWarning, match="left out"), pytest.raises(RuntimeError, match="100 meta steps in a row"):
         for seed in range(2 + PATIENCE):
@@ -326,7 +331,7 @@ def test_a_loss_that_fails_after_the_meta_step_was_made(monkeypatch):
         run.optimizer.zero_grad()
         calls = 0 if name == "online" else 1  # a lookahead step takes the loss once, for its virtual step
         error = RuntimeError("CUDA out of memory.")
-        with failing(monkeypatch, (run.iada.meta, "train_loss"), error, after=calls), pytest.raises(RuntimeError):
+        with failing(monkeypatch, (run.iada.learner, "train_loss"), error, after=calls), pytest.raises(RuntimeError):
             run.iada(run.model(images(3)[0]), images(3)[1])
         for key, buffer in run.model.named_buffers():
             if not key.startswith("fc."):
@@ -334,7 +339,7 @@ def test_a_loss_that_fails_after_the_meta_step_was_made(monkeypatch):
         torch.set_rng_state(states)
         run.step(3)
         assert run.iada.meta_batches.drawn == undisturbed.iada.meta_batches.drawn == 2
-        for key in ("perturbation.output.weight", "head.covariance"):
+        for key in ("omega.perturbation.output.weight", "statistics.head.covariance"):
             assert torch.equal(run.iada.state_dict()[key], undisturbed.iada.state_dict()[key])
 
 
@@ -490,7 +495,7 @@ def test_what_cannot_go_on_exactly_is_said():
 
     for seed in range(4):
         both(seed)
-    bad = {**long.iada.state_dict(), "meta_position": torch.tensor([9, 0, 9])}
+    bad = {**long.iada.state_dict(), "meta.position": torch.tensor([9, 0, 9])}
     with pytest.raises(ValueError, match="now ends after 3"):
         long.iada.load_state_dict(bad)
     both(5)
@@ -506,7 +511,7 @@ MODES = [
     {"hypergradient": mode, "schedule": schedule}
     for mode in ("finite_difference", "forward", "head")
     for schedule in ("lookahead", "online")
-] + [{"memory": "low"}, {"covariance": "low_rank", "covariance_rank": 2}, {"virtual_step": "adaptive"}]
+] + [{"memory": "low"}, {"covariance": "low_rank", "covariance_rank": 2}]
 
 
 def alive():
@@ -535,7 +540,7 @@ def test_500_steps_leave_nothing_behind(settings):
         if step in (20, 501):
             iada.pop_metrics()
             found.append((alive(), hooks(model), len(optimizer._optimizer_step_post_hooks), len(iada.state_dict())))
-    assert iada.meta_batches.drawn == 499 and iada.meta.skipped == 0
+    assert iada.meta_batches.drawn == 499 and iada.failures.skipped == 0
     (before, after) = (f[0] for f in found)
     assert after[0] <= before[0] and after[1] <= before[1]
     assert found[0][1:] == found[1][1:]

@@ -65,7 +65,7 @@ def test_transformers_classifiers(name):
         iada(model(**batch).logits, labels).backward()
         optimizer.step()
     assert list(model.state_dict()) == keys
-    assert iada.meta.log.pop() and iada.meta.skipped == 0
+    assert iada.learner.log.pop() and iada.failures.skipped == 0
 
 
 def test_from_linear_keeps_the_very_same_parameters():
@@ -115,7 +115,7 @@ def test_copies_and_pickles_do_not_drag_the_engine_along():
     twin = copy.deepcopy(model)
     assert pickle.loads(pickle.dumps(model)).fc.covariance.shape == (4, 8, 8)
     twin(x)
-    assert iada.capture._current is None  # the copy's pass was not recorded
+    assert iada._step.forward is None  # the copy's pass was not recorded
     loss.backward()
     optimizer.step()
     assert set(twin.state_dict()) == set(model.state_dict())

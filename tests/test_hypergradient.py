@@ -72,8 +72,8 @@ def run(
     head.covariance.copy_(sigma)
     head.class_count.fill_(5)
     with torch.no_grad():
-        iada.meta.perturbation.output.weight.normal_(generator=generator)
-    iada.step = 1
+        iada.learner.perturbation.output.weight.normal_(generator=generator)
+    iada.start_at(1)
     seen = {}
     original = hg.head_hypergradient
 

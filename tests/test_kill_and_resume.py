@@ -171,7 +171,7 @@ def test_accelerate_saves_and_loads_it(tmp_path, kind, at):
     assert len(found) == len(expected)
     assert all(a.equal(b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(found, expected, strict=True))
     saved = torch.load(tmp_path / "custom_checkpoint_0.pkl", weights_only=True)
-    assert saved["counters"][0] == at
+    assert saved["progress.step"] == at
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from test_engine import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, MetaIADA
 from iada_plugin.functional import covariance as covariances
-from iada_plugin.meta.passes import Passes
+from iada_plugin.meta.meta_gradient import MetaGradient
 
 N = 12
 
@@ -38,7 +38,7 @@ def step_passes(m, **config):
     fit(model, iada, optimizer, [images(n=N, seed=s) for s in range(2)])
     events = record_passes(model)
     fit(model, iada, optimizer, [images(n=N, seed=5)])
-    assert iada.meta.skipped == 0
+    assert iada.failures.skipped == 0
     return events
 
 
@@ -126,12 +126,12 @@ def test_the_online_pass_is_taken_once_and_at_the_parameters_of_its_step():
     model(x), model(x)  # passes that nobody takes the loss of
     output = model(x)
     assert iada.meta_batches.drawn == 0 and iada.meta_batches._waiting is not None
-    ready = iada.meta.passes._ready
+    ready = iada._step.probe
     assert torch.equal(ready.meta_loss, expected.detach())
     gradient = torch.autograd.grad(expected, [model.fc.weight, model.fc.bias])
     torch.testing.assert_close((ready.weight_dot, ready.bias_dot), gradient)
     iada(output, y).backward()
-    assert iada.meta.passes._ready is None
+    assert iada._step.probe is None
     model(x), iada(model(x), y).backward()  # a second micro-batch has no meta step
     optimizer.step()
     assert iada.meta_batches.drawn == 1
@@ -170,27 +170,28 @@ def test_a_state_loaded_after_the_online_pass_takes_a_new_one():
     state = iada.state_dict()
     output = model.train()(vectors()[0])
     iada.load_state_dict(state)
-    iada(output, vectors()[1])
-    assert iada.meta_batches.drawn == 1 and iada.meta.log.pop()["iada/meta_loss"] > 0
+    iada(output, vectors()[1]).backward()
+    optimizer.step()
+    assert iada.meta_batches.drawn == 1 and iada.learner.log.pop()["iada/meta_loss"] > 0
 
 
 # ------------------------------------------------------------------------------------------- more from the same passes
 
 
 def test_several_updates_from_one_meta_step():
-    """As many calls of the head's hypergradient as updates, each at the Omega and Sigma of the one before; K by default."""
-    for config, expected in (({}, 1), ({"meta_every": 4}, 4), ({"meta_every": 4, "meta_updates": 2}, 2)):
+    """As many calls of the head's hypergradient as updates, each at the Omega and Sigma of the one before: K."""
+    for config, expected in (({}, 1), ({"meta_every": 4}, 4)):
         model = MLP()
         iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], **config)
         seen = []
-        original = iada.meta._learn_once
+        original = iada.learner._learn_once
 
         def spy(problem, *arguments, seen=seen, original=original, iada=iada):
-            state = (problem.logits_dot, iada.meta.perturbation.output.weight, iada.head.covariance)
+            state = (problem.logits_dot, iada.learner.perturbation.output.weight, iada.head.covariance)
             seen.append([t.clone() for t in state])
             return original(problem, *arguments)
 
-        iada.meta._learn_once = spy
+        iada.learner._learn_once = spy
         fit(model, iada, optimizer, [vectors(), vectors(seed=2)])
         assert len(seen) == expected
         for (dot, omega, sigma), (next_dot, next_omega, next_sigma) in itertools.pairwise(seen):
@@ -202,8 +203,7 @@ def test_the_meta_gradient_is_averaged_over_steps():
     model = MLP()
     iada, optimizer = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.75, meta_lr=0.0)
     given, used = [], []
-    passes = iada.meta.passes
-    original, direction = passes._meta_gradient, passes._direction
+    original, direction = iada.schedule.gradient.at_parameters, iada.schedule.virtual.direction
 
     def gradient(*arguments):
         loss, v = original(*arguments)
@@ -211,10 +211,10 @@ def test_the_meta_gradient_is_averaged_over_steps():
         return loss, v
 
     def spy(v):
-        used.append([t.clone() for t in direction(v)])
+        used.append([t.clone() for t in direction(v)[0]])
         return direction(v)
 
-    passes._meta_gradient, passes._direction = gradient, spy
+    iada.schedule.gradient.at_parameters, iada.schedule.virtual.direction = gradient, spy
     fit(model, iada, optimizer, [vectors(seed=s) for s in range(4)])
     expected = given[0]
     for v, found in zip(given, used, strict=True):
@@ -246,46 +246,23 @@ def test_a_meta_batch_that_is_not_finite_changes_nothing(config, first):
         learned = [
             k
             for k in after
-            if k.startswith(("perturbation.h", "perturbation.o", "meta_o", "meta_g", "head.covariance"))
+            if k.startswith(
+                (
+                    "omega.perturbation.h",
+                    "omega.perturbation.o",
+                    "omega.adam",
+                    "meta.average",
+                    "statistics.head.covariance",
+                )
+            )
         ]
         for key in learned:
             unchanged = torch.equal(after[key], before[key]) if key in before else not after[key].any()
             assert unchanged or not is_bad, key
-        assert is_bad == all(torch.equal(after[k], before[k]) for k in learned if k.startswith("perturbation.output"))
+        assert is_bad == all(
+            torch.equal(after[k], before[k]) for k in learned if k.startswith("omega.perturbation.output")
+        )
     assert iada.pop_metrics()["iada/skipped_steps"] == 1
-
-
-def test_adaptive_virtual_step():
-    """Eq. 7 with the real optimizer's scaling: the displacement is Adam's step without its momentum."""
-    model = MLP()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    iada, _ = make(model, vectors(seed=1), counts=[3, 2, 1], optimizer=optimizer, warmup=3, virtual_step="adaptive")
-    fit(model, iada, optimizer, [vectors(seed=s) for s in range(3)])
-    before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    moved = {}
-    passes = iada.meta.passes
-    original = passes._meta_gradient
-    passes._meta_gradient = lambda *a: (
-        moved.update({n: p.detach().clone() for n, p in model.named_parameters()}) or original(*a)
-    )
-    given = {}
-    scaled = passes.virtual.scale_
-
-    def spy(direction, rates):
-        if rates[0] < 0:  # the displacement
-            given.update(zip(before, [g.clone() for g in direction], strict=True))
-        return scaled(direction, rates)
-
-    passes.virtual.scale_ = spy
-    iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
-    for name, p in model.named_parameters():
-        state = optimizer.state[p]
-        scale = (state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8
-        torch.testing.assert_close(moved[name], before[name] - 1e-2 * given[name] / scale)
-    model = MLP()
-    with pytest.raises(ValueError, match=r"virtual_step='adaptive' needs an Adam-like optimizer.*SGD has none"):
-        make(model, vectors(seed=1), counts=[3, 2, 1], virtual_step="adaptive")
-    assert type(model.fc) is torch.nn.Linear and not model._forward_pre_hooks and not model.fc._forward_hooks
 
 
 @pytest.mark.parametrize("schedule", ["lookahead", "online"])
@@ -299,10 +276,10 @@ def test_low_rank_covariances_in_training(schedule):
     fit(model, iada, optimizer, [vectors(seed=s) for s in range(4)])
     after = iada.head.class_covariance
     assert not torch.equal(before.factor, after.factor) and not torch.equal(before.diagonal, after.diagonal)
-    assert after.diagonal.min() >= 0 and iada.meta.skipped == 0
+    assert after.diagonal.min() >= 0 and iada.failures.skipped == 0
     twin = copy.deepcopy(model)
     state = iada.state_dict()
-    assert state["head.covariance_factor"].shape == (3, 16, 3)
+    assert state["statistics.head.covariance_factor"].shape == (3, 16, 3)
     iada.close()
     assert type(model.fc) is torch.nn.Linear and not hasattr(model.fc, "covariance_factor")
     other, _ = make(twin, vectors(seed=1), counts=[3, 2, 1], covariance="diagonal")
@@ -323,7 +300,7 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
     What is looked at once at the start is switched off, and so is autocast, which that device does not know.
     """
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
-    monkeypatch.setattr(Passes, "check_batch", lambda self: None)
+    monkeypatch.setattr(MetaGradient, "check_batch", lambda self: None)
     monkeypatch.setattr(torch.optim, "Adam", lambda parameters, lr, capturable: torch.optim.SGD(parameters, lr))
     model = ConvNet().to("meta").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -333,15 +310,15 @@ def test_a_step_waits_for_nothing(config, monkeypatch):
         iada = MetaIADA(model, optimizer, meta_loader=[(x[:4], y[:4])], steps_per_epoch=1, epochs=9,
                         config=IADAConfig(warmup_epochs=1, **config))  # fmt: skip
     iada.capture._verified = iada.statistics._ready = iada.statistics.prior_known = True
-    iada.meta.passes._checked = iada.meta.passes.tangents._repeatable = True
+    iada.schedule.gradient._checked = iada.schedule.tangents._repeatable = True
     with pytest.raises(RuntimeError, match="meta tensors"):
         bool(x.sum() > 0)
-    iada.step = 1
-    for _ in range(3):
+    iada.start_at(1)
+    for step in range(3):
         optimizer.zero_grad()
         loss = iada(model(x), y)
         loss.backward()
-        iada.statistics.flush(in_warmup=True, f_moments=iada.meta.perturbation, log=iada.meta.log)
+        iada._step.augmented = step == 1  # a step whose samples enter the covariances, and others
         optimizer.step()
     assert iada.step == 4 and loss.device.type == "meta" and iada.meta_batches.drawn >= 2
 
@@ -387,7 +364,7 @@ def test_padded_classes_train_the_same(covariance, monkeypatch):
         fit(model, iada, optimizer, [batch] * 4)
         results.append({**model.state_dict(), **iada.state_dict()})
     for key, value in results[0].items():
-        if key != "head.covariance_factor":  # unique up to the signs of its columns
+        if key != "statistics.head.covariance_factor":  # unique up to the signs of its columns
             torch.testing.assert_close(results[1][key], value, rtol=1e-8, atol=1e-10)
 
 
@@ -405,57 +382,6 @@ class Bag(torch.nn.Module):
         return self.fc(self.body(self.embedding(ids).mean(1)))
 
 
-def test_adaptive_with_words_that_were_never_trained():
-    """Their second moment is zero: scaled by 1e8 they would drown the tangent in rounding."""
-    tangents = []
-    for mode in ("finite_difference", "forward"):
-        torch.manual_seed(0)
-        model = Bag()
-        generator = torch.Generator().manual_seed(1)
-        x, meta = (torch.randint(low, low + 30, (12, 6), generator=generator) for low in (0, 20))
-        y = torch.arange(12) % 3
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-        iada, _ = make(
-            model, (meta, y), counts=[1, 1, 1], optimizer=optimizer, virtual_step="adaptive", hypergradient=mode
-        )
-        complete = iada.meta.passes.tangents.complete
-        iada.meta.passes.tangents.complete = lambda *a, complete=complete: tangents.append(complete(*a)) or tangents[-1]
-        fit(model, iada, optimizer, [(x, y)] * 2)
-    found, exact = (t.features_dot for t in tangents)
-    assert (found - exact).norm() < 2e-2 * exact.norm()
-
-
-def test_adaptive_follows_amsgrad_and_refuses_what_is_not_adam():
-    model = MLP()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, amsgrad=True)
-    iada, _ = make(model, vectors(), counts=[1, 1, 1], optimizer=optimizer, virtual_step="adaptive")
-    fit(model, iada, optimizer, [vectors()])
-    for p, scaling in zip(model.parameters(), iada.meta.passes.virtual._scaling(), strict=True):
-        optimizer.state[p]["max_exp_avg_sq"] *= 4
-        again = iada.meta.passes.virtual._scaling()[[q is p for q in model.parameters()].index(True)]
-        torch.testing.assert_close(again, scaling / 2, rtol=1e-3, atol=0)
-    # No step yet: nothing to scale by, which is no error.
-    model = MLP()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    iada, _ = make(
-        model, vectors(), counts=[1, 1, 1], optimizer=optimizer, warmup=0, alpha=0.0, virtual_step="adaptive"
-    )
-    fit(model, iada, optimizer, [vectors()] * 2)
-    assert iada.meta_batches.drawn == 2
-
-    class Odd(torch.optim.SGD):
-        def __init__(self, parameters):
-            super().__init__(parameters, lr=0.1, momentum=0.9)
-            self.param_groups[0]["betas"] = (0.9, 0.99)
-
-    model = MLP()
-    iada, optimizer = make(
-        model, vectors(), counts=[1, 1, 1], optimizer=Odd(model.parameters()), virtual_step="adaptive"
-    )
-    with pytest.raises(ValueError, match=r"'exp_avg_sq' and 'step'\); Odd has none"):
-        fit(model, iada, optimizer, [vectors()] * 2)
-
-
 @pytest.mark.parametrize("schedule", ["lookahead", "online"])
 @pytest.mark.parametrize("covariance_step", ["plain", "relative"])
 def test_a_training_batch_that_is_not_finite_is_not_learned_from(schedule, covariance_step):
@@ -469,7 +395,7 @@ def test_a_training_batch_that_is_not_finite_is_not_learned_from(schedule, covar
     with pytest.warns(UserWarning, match="not finite"):
         iada(model(x), y)
     after = iada.state_dict()
-    for key in ("head.covariance", "perturbation.output.weight", "meta_optimizer.0.exp_avg"):
+    for key in ("statistics.head.covariance", "omega.perturbation.output.weight", "omega.adam.0.exp_avg"):
         assert torch.equal(before[key], after[key]), key
 
 
@@ -482,13 +408,13 @@ def test_a_loaded_state_is_a_copy():
     iada.load_state_dict(state)
     fit(model, iada, optimizer, [vectors(seed=2)] * 2)
     assert all(torch.equal(kept[k], state[k]) for k in kept)
-    broken = {k: v for k, v in state.items() if k != "meta_optimizer.1.exp_avg"}
-    with pytest.raises(ValueError, match=r"meta_optimizer.1.exp_avg is missing"):
+    broken = {k: v for k, v in state.items() if k != "omega.adam.1.exp_avg"}
+    with pytest.raises(ValueError, match=r"omega.adam.1.exp_avg is missing"):
         iada.load_state_dict(broken)
     iada.close()
     plain, _ = make(model, vectors(seed=1), counts=[3, 2, 1], meta_momentum=0.0)
     plain.load_state_dict(state)
-    assert not any(k.startswith("meta_gradient") for k in plain.state_dict())
+    assert not any(k.startswith("meta.average") for k in plain.state_dict())
 
 
 def test_a_second_try_does_not_average_twice(monkeypatch):
@@ -502,12 +428,12 @@ def test_a_second_try_does_not_average_twice(monkeypatch):
             for _ in range(tries):
                 with monkeypatch.context() as patch:
                     broken = lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)  # noqa: E731
-                    patch.setattr(iada.meta.passes.tangents, "_features", broken)
+                    patch.setattr(iada.schedule.tangents, "_features", broken)
                     with pytest.raises(KeyboardInterrupt):
                         iada(model(vectors(seed=4)[0]), vectors(seed=4)[1])
                 iada.load_state_dict(iada.state_dict())
             fit(model, iada, optimizer, [vectors(seed=4)])
-            assert iada.meta.skipped == 0
+            assert iada.failures.skipped == 0
             results.append({**iada.state_dict(), **model.state_dict()})
         assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
 
@@ -547,8 +473,8 @@ def test_buffers_that_matter_in_training(schedule):
         x, y = vectors(seed=1)
         iada, optimizer = make(model, (x.double(), y), counts=[1, 1, 1], schedule=schedule, hypergradient=mode)
         seen = tangents.setdefault(mode, [])
-        complete = iada.meta.passes.tangents.complete
-        iada.meta.passes.tangents.complete = lambda *a, c=complete, seen=seen: seen.append(c(*a)) or seen[-1]
+        complete = iada.schedule.tangents.complete
+        iada.schedule.tangents.complete = lambda *a, c=complete, seen=seen: seen.append(c(*a)) or seen[-1]
         fit(model, iada, optimizer, [(vectors(seed=s)[0].double(), y) for s in range(4)])
         torch.testing.assert_close(model.gain.item(), 1 + 4 * 0.05)
     for found, exact in zip(*tangents.values(), strict=True):
@@ -560,5 +486,5 @@ def test_refused_at_the_start():
     ids = torch.randint(0, 50, (6, 4))
     with pytest.raises(ValueError, match=r"embedding has sparse gradients.*sparse=False"):
         make(model, (ids, torch.arange(6) % 3))
-    assert IADAConfig(meta_every=2.0, meta_updates=3.0, covariance_rank=4.0).meta_every == 2
-    assert isinstance(IADAConfig(meta_updates=3.0).meta_updates, int)
+    assert IADAConfig(meta_every=2.0, covariance_rank=4.0).meta_every == 2
+    assert isinstance(IADAConfig(meta_batch_size=3.0).meta_batch_size, int)

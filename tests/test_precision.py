@@ -44,7 +44,7 @@ def run(settings, *, steps=8, kind=ConvNet, wrap=lambda model: model, autocast=N
     iada = MetaIADA(wrapped, optimizer, meta_loader=[meta], class_counts=[1] * 4, steps_per_epoch=1, epochs=steps,
                     config=IADAConfig(warmup_epochs=2, **settings))  # fmt: skip
     start = torch.cat([p.detach().float().flatten() for p in model.parameters()])
-    omega = torch.cat([p.detach().flatten() for p in iada.meta.perturbation.parameters()])
+    omega = torch.cat([p.detach().flatten() for p in iada.learner.perturbation.parameters()])
     averaged = AveragedModel(model, avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new) if average else None
     model.train()
     losses = []
@@ -70,9 +70,9 @@ def run(settings, *, steps=8, kind=ConvNet, wrap=lambda model: model, autocast=N
             scaler.update()
         if averaged is not None:
             averaged.update_parameters(model)
-    assert iada.meta.skipped == 0 and iada.meta_batches.drawn == steps - 2
+    assert iada.failures.skipped == 0 and iada.meta_batches.drawn == steps - 2
     moved = torch.cat([p.detach().float().flatten() for p in model.parameters()]) - start
-    learned = torch.cat([p.detach().flatten() for p in iada.meta.perturbation.parameters()]) - omega
+    learned = torch.cat([p.detach().flatten() for p in iada.learner.perturbation.parameters()]) - omega
     return {"parameters": moved, "omega": learned, "losses": losses, "model": model, "averaged": averaged}
 
 
@@ -215,7 +215,7 @@ def test_the_hypergradient_does_not_overflow_in_fp16():
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     iada = MetaIADA(model, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1, epochs=40,
                     config=IADAConfig(warmup_epochs=1))  # fmt: skip
-    iada.meta.passes.scaling.scale.fill_(2.0**30)
+    iada.schedule.gradient.scaling.scale.fill_(2.0**30)
     model.train()
     with pytest.warns(UserWarning, match="left out"):
         for step in range(16):
@@ -226,7 +226,7 @@ def test_the_hypergradient_does_not_overflow_in_fp16():
             loss.backward()
             optimizer.step()
             iada.pop_metrics()
-    assert 0 < iada.meta.skipped < 10 and float(iada.meta.passes.scaling.scale) <= 65536
+    assert 0 < iada.failures.skipped < 10 and float(iada.schedule.gradient.scaling.scale) <= 65536
     assert all(bool(t.isfinite().all()) for t in iada.state_dict().values())
 
 
@@ -241,7 +241,7 @@ def test_a_step_that_the_scaler_skips(schedule, micro, order):
     iada = MetaIADA(model, optimizer, meta_loader=[images(seed=9)], class_counts=[1] * 4, steps_per_epoch=1, epochs=40,
                     config=IADAConfig(warmup_epochs=1, schedule=schedule))  # fmt: skip
     model.train()
-    iada.step, iada.statistics._ready = 1, True  # as after a warm-up, which would be skipped too
+    iada.start_at(1)  # as after a warm-up, which would be skipped too
     iada.head.class_count.fill_(1)
     tried, real = 0, 0
     while real < 4:
@@ -262,7 +262,7 @@ def test_a_step_that_the_scaler_skips(schedule, micro, order):
     assert tried > real and iada.step == 1 + real
     # Micro-batches of a step that is going to be skipped cannot be told from new steps.
     assert tried <= iada.meta_batches.drawn <= tried + (micro - 1) * (tried - real)
-    assert not iada.statistics.pending
+    assert not iada._step.begun
 
 
 @pytest.mark.skipif(not CUDA, reason="the Trainer has fp16 on GPUs only")

@@ -15,9 +15,9 @@ from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
 from iada_plugin.functional.covariance import LowRank, update_class_statistics, variances
 from iada_plugin.head import convert_to_iada, restore_linear
-from iada_plugin.meta.hypergradient import displaced
 from iada_plugin.runtime.capture import Capture
-from iada_plugin.runtime.isolation import isolated, rng_state
+from iada_plugin.runtime.isolation import rng_state
+from iada_plugin.runtime.precision import displaced
 
 hypothesis = pytest.importorskip("hypothesis")
 st, given = hypothesis.strategies, hypothesis.given
@@ -251,12 +251,12 @@ def test_isolated_passes_leave_no_trace(seed, passes, fails, replaces):
     torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
     model = ConvNet(dropout=0.5).train()
     model.register_buffer("calls", torch.zeros(()))
-    capture = Capture(model, convert_to_iada(model.fc))
+    capture = Capture(model, convert_to_iada(model.fc), lambda forward: None, lambda: None)
     before = copy.deepcopy(model.state_dict())
     buffers, states = dict(model.named_buffers()), flat(rng_state(capture.device))
     seen = []
     try:
-        with isolated(capture):
+        with capture.isolated():
             for _ in range(passes):
                 torch.rand(seed % 3 + 1), random.random(), np.random.rand()
                 seen.append(capture.features_of((torch.randn(4, 3, 8, 8),), {}).features)

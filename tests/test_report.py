@@ -31,6 +31,7 @@ from iada_plugin.report import figures
 from iada_plugin.report.analysis import eigenvalues, explain
 from iada_plugin.report.recorder import Recorder
 from iada_plugin.report.streams import Curve, Reservoir
+from iada_plugin.step import Step
 
 ROOT = Path(__file__).parents[1]
 N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
@@ -160,9 +161,7 @@ def test_memory_is_bounded():
         n = 7
         f = torch.randn(n, 4)
         ids = torch.randint(0, 1000, (n,))
-        recorder.add(torch.randint(0, C, (n,)), torch.randn(n, C), f, f[:, 0].abs(), f[:, 1].tanh(), ids)
-        recorder.add_meta_loss(torch.tensor(1.0), torch.tensor(True))
-        recorder.end_step(step, 2)
+        record(recorder, torch.randint(0, C, (n,)), torch.randn(n, C), f, f[:, 0].abs(), f[:, 1].tanh(), ids, step)
         assert len(recorder._waiting) <= 64
     arrays = (recorder.epsilon, recorder.loss, recorder.contradicted, recorder.label, recorder.predicted)
     assert sum(a.nbytes for a in arrays) <= 1000 * (9 * 2 + 8)
@@ -170,10 +169,21 @@ def test_memory_is_bounded():
     assert len(recorder.meta_loss.points()[1]) <= 2000 and len(recorder.seconds) == 200
 
 
+def record(recorder, labels, logits, f, loss, epsilon, ids, number=0):
+    """A step of one micro-batch, with a meta step."""
+    step = Step(number)
+    samples = {"labels": labels, "f": f, "loss": loss, "epsilon": epsilon}
+    step.add(samples, [(recorder, recorder.see(samples, logits, ids))])
+    step.augmented, step.meta = True, (torch.tensor(1.0), torch.tensor(True))
+    recorder.commit(step, samples)
+
+
 def test_a_value_that_is_not_finite_is_not_kept():
     recorder = Recorder(C, 1, 10)
     nan = torch.tensor([float("nan"), 0.5])
-    recorder.add(torch.tensor([0, 1]), torch.zeros(2, C), torch.zeros(2, 1), torch.ones(2), nan, torch.tensor([0, 1]))
+    record(
+        recorder, torch.tensor([0, 1]), torch.zeros(2, C), torch.zeros(2, 1), torch.ones(2), nan, torch.tensor([0, 1])
+    )
     recorder.drain()
     assert recorder.samples()["id"].tolist() == [1] and recorder.by_class[0][:, 0].tolist() == [0, 1, 0]
 
@@ -457,7 +467,7 @@ def test_a_report_changes_nothing():
     for watched in (True, False):
         iada, model, optimizer, _ = start()
         if not watched:
-            iada.recorder = None
+            iada.observers.clear()
         train(iada, model, optimizer)
         state = {**model.state_dict(), **iada.state_dict()}
         found.append({**state, "rng": torch.get_rng_state()})
@@ -515,10 +525,10 @@ def test_a_state_in_a_report_of_more_capacity():
     rows = 50
     small, large = (Recorder(2, 1, 10, capacity=c, epochs=1) for c in (10, 100))
     zeros = torch.zeros(rows)
-    small.add(zeros.long(), torch.zeros(rows, 2), torch.ones(rows, 1), zeros + 1, zeros + 0.5, torch.arange(rows))
+    record(small, zeros.long(), torch.zeros(rows, 2), torch.ones(rows, 1), zeros + 1, zeros + 0.5, torch.arange(rows))
     large.load_state_dict(small.state_dict())
     assert large.rows()["epsilon"].tolist() == [0.5] * 10
-    large.add(zeros.long(), torch.zeros(rows, 2), torch.ones(rows, 1), zeros + 1, zeros + 0.5, torch.arange(rows))
+    record(large, zeros.long(), torch.zeros(rows, 2), torch.ones(rows, 1), zeros + 1, zeros + 0.5, torch.arange(rows))
     large.drain()
     assert large.rows()["epsilon"].tolist() == [0.5] * 10 and large.reservoirs[0].seen == 100
 
@@ -615,7 +625,7 @@ def test_a_checkpoint_without_what_was_seen(tmp_path):
 
 
 def test_a_streamed_training_set_has_no_rows(tmp_path):
-    config = IADAConfig(warmup_ratio=0.5, statistics_epochs=0.25)
+    config = IADAConfig(warmup_ratio=0.5)
     ours = MetaIADACallback(dataset(8, seed=7), config, report_dir=tmp_path / "report", class_counts=[16, 16])
     streamed = IterableDataset.from_generator(_stream)
     Trainer(model=distilbert(), args=arguments(tmp_path), train_dataset=streamed, callbacks=[ours]).train()

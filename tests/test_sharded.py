@@ -24,7 +24,6 @@ RUNS = {
     "head, whole root": ("root", {"hypergradient": "head"}),
     "online head": ("blocks", {"schedule": "online", "hypergradient": "head"}),
     "accumulation": ("each", {"schedule": "online"}),
-    "adaptive": ("blocks", {"schedule": "online", "virtual_step": "adaptive"}),
 }
 
 
@@ -171,7 +170,7 @@ for stage in (1, 2):
         found = here.train_zero(stage, settings, rank, world)
         expected = torch.load(f"{sys.argv[1]}/{number}.pt", weights_only=True)
         gap = max(float((found[k] - expected[k]).abs().max()) for k in found if k.startswith("model."))
-        assert gap < 1e-5 and torch.equal(found["counters"], expected["counters"]), (stage, settings, gap)
+        assert gap < 1e-5 and torch.equal(found["progress.step"], expected["progress.step"]), (stage, settings, gap)
         print("stage", stage, settings, gap)
 """
 ZERO = ({}, {"schedule": "online"}, {"hypergradient": "head"})

@@ -62,7 +62,7 @@ def test_whole_steps_on_real_models(name):
         x, y = batch(seed=seed)
         iada(model(x), y).backward()
         optimizer.step()
-    assert iada.meta.skipped == 0 and iada.pop_metrics()["iada/epsilon_std"] >= 0
+    assert iada.failures.skipped == 0 and iada.pop_metrics()["iada/epsilon_std"] >= 0
     assert list(model.state_dict()) == keys
     iada.close()
     assert type(model.get_classifier()) is not IADAHead
@@ -171,7 +171,7 @@ def test_task_is_compiled_after_it_is_made():
     task = MetaIADATask(model, optimizer=optimizer, **options())
     task.compile(backend="aot_eager")
     train(task, optimizer, range(4))
-    assert task.engine.meta.skipped == 0 and task.engine.meta_batches.drawn == 2
+    assert task.engine.failures.skipped == 0 and task.engine.meta_batches.drawn == 2
 
 
 @needs_task

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from iada_plugin import __version__
 from iada_plugin.config import IADAConfig
 from iada_plugin.criterion import MetaIADA
+from iada_plugin.meta.schedules import SCHEDULES
 from iada_plugin.metrics import auroc
 from iada_plugin.runtime.isolation import seed_rng
 
@@ -44,7 +45,7 @@ class Run:
 
     def meta_batches(self, config: IADAConfig) -> Batches:
         """Batches of the meta set, augmented as in training."""
-        size = self.settings.meta_batch_size or config.meta_batch(self.settings.batch_size)
+        size = self.settings.meta_batch_size or SCHEDULES[config.schedule].meta_batch(config, self.settings.batch_size)
         size = math.ceil(len(self.meta) / math.ceil(len(self.meta) / size))  # no small rest
         return Batches(self.meta, size, augment=self.scenario.augment, workers=self.settings.workers)
 
@@ -98,7 +99,7 @@ class IADA:
             steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=settings,
         )  # fmt: skip
         #: Epochs that must not be selected as the method's result.
-        self.warmup_epochs = math.ceil(self.engine.warmup_steps / run.steps_per_epoch)
+        self.warmup_epochs = math.ceil(self.engine.warmup.steps / run.steps_per_epoch)
         self.signal = torch.zeros(len(run.train), device=run.train.y.device)
 
     def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..runtime.processes import on_any_process
 from ..runtime.sharding import whole
+from ..runtime.state import check_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +83,7 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             info = dict(json.loads((file.metadata() or {})["iada"]))
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        check_format(tensors)
         if info.pop("sha256") != digest(tensors, info):
             raise ValueError("its contents do not match their checksum")
         return tensors, info

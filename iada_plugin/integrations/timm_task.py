@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config import IADAConfig
 from ..criterion import MetaIADA
 from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
-from ..runtime.checks import CUDA_GRAPH_MODES, plan_warmup
+from ..runtime.checks import CUDA_GRAPH_MODES
+from ..warmup import WarmUp
 
 try:
     from timm.task import ClassificationTask
@@ -64,7 +65,7 @@ class MetaIADATask(ClassificationTask):
         _check_criterion(criterion, criterion_kwargs or {})
         config = IADAConfig.of(config)
         if optimizer is None:  # else said by the engine, below
-            plan_warmup(config, steps_per_epoch, epochs)
+            WarmUp(config, steps_per_epoch, epochs)
         # The base class holds the plain criterion; training calls the engine.
         super().__init__(model, nn.CrossEntropyLoss(), device=device, dtype=dtype, verbose=verbose)
         self._options: dict[str, Any] = {

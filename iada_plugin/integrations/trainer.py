@@ -14,6 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..config import IADAConfig
 from ..criterion import MetaIADA
+from ..meta.schedules import SCHEDULES
 from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from ..runtime.batches import length_of, meta_dataloader
 from ..runtime.capture import Hook
@@ -181,17 +182,8 @@ class MetaIADACallback(TrainerCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
         if self.resume_from == "fresh":
-            engine = self.engine
-            engine.step = state.global_step
-            # Statistics have to be collected first: the warm-up ends no earlier than that.
-            span = engine.warmup_steps - engine.statistics_start
-            engine.statistics_start = max(engine.statistics_start, state.global_step)
-            engine.warmup_steps = max(engine.warmup_steps, engine.statistics_start + span)
-            if engine.warmup_steps >= state.max_steps:
-                raise ValueError(
-                    f"resume_from='fresh' at step {state.global_step} of {state.max_steps}: collecting class statistics takes"
-                    f" {span} steps, after which no meta step is left. Train longer, or lower statistics_epochs."
-                )
+            self.engine.start_at(state.global_step)
+            self.engine.warmup.postpone(state.global_step, state.max_steps)
             return
         folder = self.resume_from or _folder(args) / f"checkpoint-{state.global_step}"
         try:
@@ -220,7 +212,9 @@ class MetaIADACallback(TrainerCallback):
                 )
             dataset = dataset.remove_columns([c for c in own if c not in wanted])
         # auto_find_batch_size lowers the state's batch size, not the argument's.
-        size = self.config.meta_batch((state.train_batch_size or args.train_batch_size) * args.world_size)
+        size = SCHEDULES[self.config.schedule].meta_batch(
+            self.config, (state.train_batch_size or args.train_batch_size) * args.world_size
+        )
         return meta_dataloader(
             dataset,
             size,

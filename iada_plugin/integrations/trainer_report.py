@@ -142,7 +142,7 @@ class TrainerReport:
             return
         # With several evaluation sets each has its prefix: eval_NAME_loss.
         prefix = next((k.removesuffix("_loss") for k in metrics if k.endswith("_loss")), "eval")
-        which = "warm-up" if self.engine.step <= self.engine.warmup_steps else "Meta-IADA"
+        which = "warm-up" if self.engine.step <= self.engine.warmup.steps else "Meta-IADA"
         name = which if prefix == "eval" else f"{which}, {prefix.removeprefix('eval_')}"
         self.report.add_evaluation(name, predictions[known], labels[known])
 

@@ -1,4 +1,4 @@
-"""The virtual step (Eq. 7): gradients, and how they are scaled into a displacement of the parameters."""
+"""The virtual step (Eq. 7): gradients of a loss, and the learning rates that turn them into a displacement."""
 
 from __future__ import annotations
 
@@ -7,53 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import IADAConfig
 from ..runtime.checks import REENTRANT, optimizer_groups, unwrap_optimizer
-from ..runtime.sharding import local
 
 
 class VirtualStep:
-    """The learning rates, and the scaling, of the step that the optimizer is imagined to take.
+    """The step of plain SGD (Eq. 7) that is imagined at the learning rates of the user's optimizer.
 
     Args:
         optimizer: of the model.
         parameters: what the step moves.
-        config: settings.
+        lr: eta_1; ``None`` for each parameter's current rate.
 
     Raises:
-        ValueError: ``virtual_step="adaptive"`` with an optimizer that does not keep second moments as Adam does.
+        ValueError: the optimizer holds none of the parameters.
     """
 
-    def __init__(self, optimizer: Any, parameters: list[nn.Parameter], config: IADAConfig) -> None:
+    def __init__(self, optimizer: Any, parameters: list[nn.Parameter], lr: float | None = None) -> None:
         self._given, self.optimizer = optimizer, unwrap_optimizer(optimizer)
-        self.parameters, self.config = parameters, config
+        self.parameters, self.lr = parameters, lr
         known = {id(p) for _, members in self.groups for p in members}
         if known.isdisjoint(map(id, parameters)):
             raise ValueError(
                 "the optimizer holds none of the model's trainable parameters: pass the one that trains this very model, and"
                 " make MetaIADA after both were prepared (Accelerate, fully_shard, DeepSpeed)."
             )
-        owned = {id(p) for group, _ in self.groups for p in group["params"]}
-        if config.virtual_step == "adaptive" and owned.isdisjoint(map(id, parameters)):
-            raise ValueError("DeepSpeed keeps second moments in a form of its own: use virtual_step='sgd'.")
-        if config.virtual_step == "adaptive" and any(len(g.get("betas", ())) != 2 for g, _ in self.groups):
-            raise self._not_adam()
 
     @property
     def groups(self) -> list[tuple[dict[str, Any], list[Tensor]]]:
         """Parameter groups of the optimizer, which makes new ones when it loads a state, and the model's parameters in each."""
         return optimizer_groups(self._given)
 
-    def _not_adam(self) -> ValueError:
-        return ValueError(
-            "virtual_step='adaptive' needs an Adam-like optimizer, which keeps second moments ('exp_avg_sq' and 'step');"
-            f" {type(self.optimizer).__name__} has none: use virtual_step='sgd'."
-        )
-
     def rates(self) -> tuple[list[float], float]:
         """eta_1 of each parameter, and the largest of them."""
-        if self.config.virtual_lr is not None:
-            return [self.config.virtual_lr] * len(self.parameters), self.config.virtual_lr
+        if self.lr is not None:
+            return [self.lr] * len(self.parameters), self.lr
         rate = {id(p): float(group["lr"]) for group, members in self.groups for p in members}
         rates = [rate.get(id(p), 0.0) for p in self.parameters]
         if max(rates) > 0:
@@ -61,31 +48,19 @@ class VirtualStep:
         # A learning-rate warm-up that starts at zero: as good as no displacement, while the direction is plain v.
         return [1e-12] * len(rates), 1e-12
 
-    def scale_(self, direction: list[Tensor], rates: list[float]) -> list[Tensor]:
-        """Times the rates, and the optimizer's scaling, in place."""
-        torch._foreach_mul_(direction, rates)
-        if self.config.virtual_step == "adaptive" and self.optimizer.state:  # it is empty before the first step
-            torch._foreach_mul_(direction, self._scaling())
-        return direction
+    def displacement(self, gradient: list[Tensor]) -> list[Tensor]:
+        """The step down ``gradient``, in its place."""
+        rates, _ = self.rates()
+        torch._foreach_mul_(gradient, [-r for r in rates])
+        return gradient
 
-    def _scaling(self) -> list[Tensor]:
-        """``1 / (sqrt(v) + eps)`` of the optimizer's second moments v (of amsgrad their maximum). Zero where v is zero: an
-        entry that no gradient has reached yet, a rare word's say, would outweigh all others a millionfold."""
-        groups = {id(p): group for group, members in self.groups for p in members}
-        scaling = []
-        for p in self.parameters:
-            state, group = self.optimizer.state.get(p), groups.get(id(p))
-            if not state or group is None:
-                scaling.append(torch.zeros_like(local(p)))
-                continue
-            second, step = state.get("max_exp_avg_sq", state.get("exp_avg_sq")), state.get("step", group.get("step"))
-            if second is None or step is None:
-                raise self._not_adam()
-            if isinstance(step, Tensor) and step.device.type == "cpu":
-                step = float(step)
-            root = (local(second) / (1 - group["betas"][1] ** step)).sqrt_()
-            scaling.append(torch.where(root > 0, 1 / (root + group.get("eps", 1e-8)), 0))
-        return scaling
+    def direction(self, v: list[Tensor]) -> tuple[list[Tensor], float]:
+        """The meta gradient as the virtual step sees it, and the eta_1 that is divided out of it: Omega's Adam and the relative
+        step of Sigma do not depend on its size."""
+        rates, eta = self.rates()
+        if all(r == eta for r in rates):
+            return v, eta
+        return torch._foreach_mul(v, [r / eta for r in rates]), eta  # type: ignore[return-value]
 
 
 class LossScale:

@@ -112,22 +112,30 @@ class Recorder:
         if self.with_ids != (ids is not None):
             raise ValueError("some batches have sample ids and others not: pass ids= with all of them, or with none.")
 
-    def add(self, labels: Tensor, logits: Tensor, f: Tensor, loss: Tensor, epsilon: Tensor, ids: Tensor | None) -> None:
-        """A training batch: labels, loss and epsilon ``[N]``, logits ``[N, C]``, characteristics ``[N, K]``, ids ``[N]``."""
-        # The user may write the next batch into the same labels and ids.
-        columns = [labels.clone(), logits.detach().argmax(dim=1), epsilon.detach(), loss, f]
-        self._waiting.append(columns if ids is None else [*columns, ids.clone()])
-
-    def add_meta_loss(self, loss: Tensor, fine: Tensor) -> None:
-        """One meta step's loss ``[]``, and whether it was finite ``[]``."""
-        self._losses.append((loss, fine))
+    def see(self, samples: dict[str, Tensor], logits: Tensor, ids: Tensor | None) -> list[Tensor]:
+        """What is kept of a training batch until its step is over: labels, predictions, epsilon and loss ``[N]``, characteristics
+        ``[N, K]`` and ids ``[N]``, of logits ``[N, C]``. The user may write the next batch into the same labels and ids."""
+        columns = [
+            samples["labels"].clone(),
+            logits.detach().argmax(dim=1),
+            samples["epsilon"].detach(),
+            samples["loss"],
+        ]
+        return [*columns, samples["f"], *([] if ids is None else [ids.clone()])]
 
     def forget_ids(self) -> None:
         """Go on without ids, as if no batch had had any."""
         self.with_ids, self.true_labels = False, None
         self._waiting = [columns[:5] for columns in self._waiting]
 
-    def end_step(self, step: int, kind: int) -> None:
+    def commit(self, step: Any, samples: dict[str, Tensor]) -> None:
+        """A step (:class:`iada_plugin.step.Step`) is over."""
+        self._waiting += [columns for batch in step.seen for observer, columns in batch if observer is self]
+        if step.meta is not None:
+            self._losses.append(step.meta)
+        self._end_step(step.number, 2 if step.meta is not None else int(step.augmented))
+
+    def _end_step(self, step: int, kind: int) -> None:
         """Optimizer step ``step`` (from 0) is over: 0 one of the warm-up, 1 without a meta step, 2 with one."""
         now = time.perf_counter()
         epoch, following = int(step // self.steps_per_epoch), int((step + 1) // self.steps_per_epoch)

@@ -9,15 +9,12 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from .. import metrics
-
-if TYPE_CHECKING:
-    from ..criterion import MetaIADA
 from ..perturbation.network import PerturbationNetwork
 from ..runtime.processes import rank
 from . import figures
@@ -113,7 +110,7 @@ class Report:
 
     def __init__(
         self,
-        iada: MetaIADA,
+        iada: Any,
         *,
         class_names: Sequence[str] | Mapping[int, str] | None = None,
         true_labels: Any = None,
@@ -126,7 +123,7 @@ class Report:
         num_classes = iada.head.out_features
         if not hasattr(iada.head, "class_count"):
             raise RuntimeError("this MetaIADA was closed: make the Report after MetaIADA and before training.")
-        if iada.recorder is not None:
+        if any(isinstance(observer, Recorder) for observer in iada.observers):
             warnings.warn("this MetaIADA had a Report already: that one stops here, and the new one begins.")
         if isinstance(class_names, Mapping):
             class_names = [class_names[k] for k in sorted(class_names, key=int)]
@@ -148,10 +145,10 @@ class Report:
             true_labels=None if true_labels is None else metrics.as_integers(true_labels, "true_labels"),
         )  # fmt: skip
         self._limits = iada.config.epsilon_range
-        self._iada: MetaIADA | None = iada
+        self._iada: Any = iada
         self._kept: _Kept | None = None
         self._last: Recorder | None = None  # of all processes, once there is nothing more to come
-        iada.recorder = self._recorder
+        iada.observers = [o for o in iada.observers if not isinstance(o, Recorder)] + [self._recorder]
         iada.before_close.append(self._keep)
 
     # ---------------------------------------------------------------------------------------------------- what is known
@@ -408,7 +405,7 @@ class _Kept(NamedTuple):
     facts: dict[str, str]
 
     @classmethod
-    def of(cls, iada: MetaIADA) -> _Kept:
+    def of(cls, iada: Any) -> _Kept:
         head, spectra = iada.head, {}
         if hasattr(head, "class_count"):  # not where another MetaIADA has taken this one's place
             seen = head.class_count.cpu().numpy()
@@ -420,9 +417,9 @@ class _Kept(NamedTuple):
             "Classifier": f"{iada.classifier_name} of {type(iada.model).__name__}, {head.in_features} features, {head.out_features} classes",
             "Settings other than the defaults": ", ".join(f"{k}={v!r}" for k, v in iada.config.changed().items())
             or "none",
-            "Meta steps left out": str(iada.meta.skipped),
+            "Meta steps left out": str(iada.failures.skipped),
         }
         return cls(
-            copy.deepcopy(iada.meta.perturbation).cpu(), names,
+            copy.deepcopy(iada.learner.perturbation).cpu(), names,
             {c: values for c, values in spectra.items() if len(values)}, facts,
         )  # fmt: skip

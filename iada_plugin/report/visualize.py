@@ -11,8 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-if TYPE_CHECKING:
-    from ..criterion import MetaIADA
 from ..functional.covariance import Covariance, LowRank, present_classes, take
 from ..functional.labels import check_labels
 from ..perturbation.characteristics import compute_characteristics
@@ -43,7 +41,7 @@ class Augmented:
 
 @torch.no_grad()
 def augment_features(
-    iada: MetaIADA, batch: Any, *, epsilon: float | Tensor | None = None, draws: int = 1, seed: int = 0
+    iada: Any, batch: Any, *, epsilon: float | Tensor | None = None, draws: int = 1, seed: int = 0
 ) -> Augmented:
     """The augmented features of a batch, of which the IADA loss is (an upper bound of) the mean cross-entropy.
 
@@ -66,12 +64,12 @@ def augment_features(
     n = len(labels)
     if epsilon is None:
         f = compute_characteristics(iada.statistics.state_of(features, logits, labels), iada.statistics.characteristics)
-        epsilon = iada.meta.epsilon(f)
+        epsilon = iada.learner.epsilon(f)
     epsilon = torch.as_tensor(epsilon, dtype=features.dtype, device=features.device).detach()
     if epsilon.shape not in ((), (n,)):
         raise ValueError(f"epsilon has shape {list(epsilon.shape)}: give one number, or one for each of {n} samples.")
     epsilon = epsilon.expand(n)
-    perturbed = features + iada.meta.displacement(logits, labels, epsilon)
+    perturbed = features + iada.learner.displacement(logits, labels, epsilon)
     noise = sample_noise(iada.head.class_covariance, labels, draws, seed=seed)
     return Augmented(features, labels, epsilon, perturbed, perturbed[:, None] + iada.config.alpha**0.5 * noise)
 
@@ -108,7 +106,7 @@ def sample_noise(covariance: Covariance, labels: Tensor, draws: int, *, seed: in
 
 
 @torch.no_grad()
-def collect_features(iada: MetaIADA, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+def collect_features(iada: Any, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     """Features ``[B, H]`` and labels ``[B]`` of all batches of a loader, on the CPU, in eval mode: the bank to look up
     neighbours in. Let the loader go through the set once, in order."""
     _require_open(iada)
@@ -183,14 +181,14 @@ def image_grid(columns: dict[str, Sequence[Any]], row_titles: Sequence[str] | No
     return figures.image_rows(columns, row_titles)
 
 
-def _require_open(iada: MetaIADA) -> None:
+def _require_open(iada: Any) -> None:
     if not hasattr(iada.head, "covariance"):
         raise RuntimeError(
             "this MetaIADA was closed, and its class statistics are gone: look at features before close()."
         )
 
 
-def _run(iada: MetaIADA, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _run(iada: Any, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Features ``[N, H]``, plain logits ``[N, C]`` and labels ``[N]``, in the precision of the statistics."""
     if isinstance(batch, (tuple, list)) and len(batch) > 2:  # row numbers, say
         batch = batch[:2]

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .capture import LABEL_KEYS
+from .failures import MetaLoaderError
 from .isolation import rng_state, seed_rng, set_rng_state
 from .labels import labels_of
 from .processes import rank, world_size
@@ -107,10 +108,6 @@ def meta_dataloader(
         )
     samples = SeededSamples(dataset) if with_workers else dataset
     return DataLoader(samples, batch_sampler=sampler, collate_fn=collate_fn, **options)
-
-
-class MetaLoaderError(RuntimeError):
-    """The user's ``meta_loader`` raised."""
 
 
 class MetaBatches:

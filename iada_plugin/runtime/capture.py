@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..head.layer import IADAHead
 from .isolation import rng_state, set_rng_state
 from .precision import tf32_enabled
 from .sharding import is_fsdp, reshard
@@ -66,26 +65,32 @@ class Capture:
 
     Args:
         model: the unwrapped model.
-        head: its classifier.
+        head: its classifier, an :class:`iada_plugin.IADAHead`.
+        begin: called before each training pass, with its inputs.
+        current: the training pass that is recorded, or ``None``.
         compiled, cuda_graphs: see :meth:`mark_compiled`.
     """
 
-    def __init__(self, model: nn.Module, head: IADAHead, compiled: bool = False, cuda_graphs: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Any,
+        begin: Callable[[Forward], None],
+        current: Callable[[], Forward | None],
+        compiled: bool = False,
+        cuda_graphs: bool = False,
+    ) -> None:
         self.model, self.head = model, head
+        self._begin, self._current = begin, current
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.sharded = is_fsdp(model)
         # The virtual step keeps the graph for a second backward pass, which code compiled later would forbid by default.
         if hasattr(functorch_config, "donated_buffer"):  # torch >= 2.6
             functorch_config.donated_buffer = False
         self.device, self.dtype = head.weight.device, head.weight.dtype
-        self._current: Forward | None = None
-        self._probe: Forward | None = None
+        self._probe: Forward | None = None  # the pass of a meta step that is running
         self._verified = False
-        #: The last training pass ran under float16 autocast.
-        self.half = False
         self._restore_buffers: Callable[[], None] = lambda: None
-        #: Called before each training pass, with its inputs.
-        self.before: Callable[[Forward], None] = lambda forward: None
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
@@ -107,14 +112,11 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.busy and module.training and torch.is_grad_enabled():
-            self._current = None  # a pass that nobody took
-            forward = Forward(args, kwargs, rng=rng_state(self.device))
-            self.before(forward)
-            self._current = forward
+            self._begin(Forward(args, kwargs, rng=rng_state(self.device)))
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         # A pass without gradients, or of the eval mode, between model(x) and the criterion is none of ours.
-        record = self._probe or (self._current if torch.is_grad_enabled() and self.model.training else None)
+        record = self._probe or (self._current() if torch.is_grad_enabled() and self.model.training else None)
         if record is None:
             return
         record.features = args[0] if args else kwargs["input"]
@@ -145,14 +147,13 @@ class Capture:
                 " the model got its precision."
             )
 
-    def take(self, output: Tensor) -> Forward:
-        """The pass that gave the logits ``output``; it can be taken once.
+    def check(self, forward: Forward | None, output: Tensor) -> Forward:
+        """``forward``, the last training pass, is the one that gave the logits ``output``.
 
         Raises:
             RuntimeError: there is none, or the classifier's output is not the model's.
             ValueError: the features are not ``[N, H]``.
         """
-        forward, self._current = self._current, None
         if forward is None or forward.features is None or forward.logits is None:
             raise RuntimeError(
                 "no training pass was seen: call model(input) in training mode once before each call of the criterion,"
@@ -164,7 +165,6 @@ class Capture:
                 " needs one vector per sample, [N, H]. A token-wise head must pool before its last layer."
             )
         self._verify(forward.features, forward.logits, output)
-        self.half = forward.autocast_dtype == torch.float16
         return forward
 
     def _verify(self, features: Tensor, logits: Tensor, output: Tensor) -> None:
@@ -230,6 +230,33 @@ class Capture:
                 reshard(self.model)
 
     @contextmanager
+    def isolated(self) -> Iterator[None]:
+        """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
+        if self.sharded:
+            reshard(self.model)
+        own = {id(b) for b in self.head.buffers()}
+        kept = [
+            (module, name, buffer, buffer.detach().clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and id(buffer) not in own
+        ]
+
+        def restore() -> None:
+            for module, name, buffer, value in kept:
+                buffer.data.copy_(value)
+                module._buffers[name] = buffer  # a pass may have put another tensor in its place
+
+        states = rng_state(self.device)
+        self._restore_buffers = restore
+        try:
+            yield
+        finally:
+            self._restore_buffers = lambda: None
+            set_rng_state(self.device, states)
+            restore()
+
+    @contextmanager
     def _eager(self) -> Iterator[None]:
         """Past ``model.compile()``: a pass of compiled code may write over the outputs of the one before (CUDA graphs)."""
         compiled = getattr(self.model, "_compiled_call_impl", None)
@@ -263,4 +290,3 @@ class Capture:
         """Take the hooks off."""
         for handle in self._handles:
             handle.remove()
-        self._current = None

@@ -1,19 +1,12 @@
-"""Running extra passes without leaving a trace: random state and buffers."""
+"""Random state of everything that models and augmentations draw from."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
-
-from .sharding import reshard
-
-if TYPE_CHECKING:
-    from .capture import Capture
 
 
 def rng_state(device: torch.device) -> list[Any]:
@@ -47,31 +40,3 @@ def seed_rng(device: torch.device, seed: int) -> None:
             torch.cuda.manual_seed(seed)
     elif device.type not in ("cpu", "meta"):
         getattr(torch, device.type).manual_seed(seed)
-
-
-@contextmanager
-def isolated(capture: Capture) -> Iterator[None]:
-    """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
-    if capture.sharded:
-        reshard(capture.model)
-    own = {id(b) for b in capture.head.buffers()}
-    kept = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in capture.model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and id(buffer) not in own
-    ]
-
-    def restore() -> None:
-        for module, name, buffer, value in kept:
-            buffer.data.copy_(value)
-            module._buffers[name] = buffer  # a pass may have put another tensor in its place
-
-    states = rng_state(capture.device)
-    capture._restore_buffers = restore
-    try:
-        yield
-    finally:
-        capture._restore_buffers = lambda: None
-        set_rng_state(capture.device, states)
-        restore()

@@ -1,0 +1,79 @@
+"""How long a run trains without perturbation."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from .config import IADAConfig
+from .runtime.checks import is_number
+
+
+class WarmUp:
+    """The plan of a run.
+
+    Args:
+        config: settings.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: length of the run, or ``None``.
+
+    Attributes:
+        steps: the first optimizer step with augmentation.
+        statistics_start: the first one whose samples enter the class statistics, one epoch earlier: features of the first epochs
+            are stale.
+
+    Raises:
+        ValueError: a length that is no positive number, or no step with augmentation is left.
+    """
+
+    def __init__(self, config: IADAConfig, steps_per_epoch: int, epochs: float | None) -> None:
+        if not is_number(steps_per_epoch) or steps_per_epoch < 1 or steps_per_epoch % 1:
+            raise ValueError(
+                f"steps_per_epoch={steps_per_epoch!r} must be a whole number >= 1: the optimizer steps in an epoch."
+            )
+        if epochs is not None and (not is_number(epochs) or epochs <= 0):
+            raise ValueError(f"epochs={epochs!r} must be a positive number, the length of the run, or None.")
+        total = None if epochs is None else round(epochs * steps_per_epoch)
+        if config.warmup_epochs is not None:
+            self.steps = round(config.warmup_epochs * steps_per_epoch)
+        elif total is not None:
+            self.steps = round(config.warmup_ratio * total)
+        else:
+            self.steps = int(steps_per_epoch)
+            warnings.warn(
+                "MetaIADA does not know how long the run is: the warm-up is one epoch, instead of warmup_ratio of the run. Pass"
+                " epochs=..., or IADAConfig(warmup_epochs=...), to choose it."
+            )
+        epochs_set = config.warmup_epochs is not None
+        setting = f"warmup_epochs (={config.warmup_epochs})" if epochs_set else f"warmup_ratio (={config.warmup_ratio})"
+        if total is not None and self.steps >= total:
+            raise ValueError(
+                f"the warm-up of {self.steps} steps leaves no meta step in a run of {total} steps: lower {setting}, or train"
+                " longer."
+            )
+        self.statistics_start = max(0, self.steps - int(steps_per_epoch))
+
+    def postpone(self, step: int, total: int) -> None:
+        """Collect statistics from ``step`` on, in a run of ``total`` steps that had none before.
+
+        Raises:
+            ValueError: no step with augmentation is left.
+        """
+        span = self.steps - self.statistics_start
+        self.statistics_start = max(self.statistics_start, step)
+        self.steps = max(self.steps, self.statistics_start + span)
+        if self.steps >= total:
+            raise ValueError(
+                f"resume_from='fresh' at step {step} of {total}: collecting class statistics takes {span} steps, after which no"
+                " meta step is left. Train longer."
+            )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A longer run goes on with the warm-up it began with."""
+        return {"plan": torch.tensor([self.steps, self.statistics_start])}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.steps, self.statistics_start = state["plan"].tolist()
