@@ -14,6 +14,7 @@ from torch import Tensor
 
 #: A class with so many trusted rows has p-values of its own; the others share theirs.
 LEAST_OF_A_CLASS = 20
+_UNIT = 2**32
 #: What ``groups`` may be.
 GROUPS = ("pooled", "class", "auto")
 
@@ -60,7 +61,8 @@ def conformal_p_values(
     key = key if group is None else key.add_(group, alpha=span)
     unseen = num_groups * span
     reference, order = torch.where(known[trusted], key[trusted], unseen).sort()
-    own = torch.ones_like(order) if weights is None else weights[trusted][order]
+    # Weights add up as whole numbers, exactly and alike on every device.
+    own = torch.full_like(order, _UNIT) if weights is None else (weights[trusted][order] * _UNIT).round().long()
     total = torch.cat([own.new_zeros(1), own.cumsum(0)])  # of the first k of the reference
     edges = total[torch.searchsorted(reference, torch.arange(0, unseen + 1, span, device=key.device))]
     start, all_of = edges[:-1], edges.diff()  # [G]
@@ -68,10 +70,11 @@ def conformal_p_values(
         below = total[torch.searchsorted(reference, torch.arange(unseen, device=key.device), right=True)][key]
     else:
         below = total[torch.searchsorted(reference, key, right=True)]
-    below = below - (start if group is None else start[group])
+    below = (below - (start if group is None else start[group])).to(score.dtype) / _UNIT
+    rest = all_of.to(score.dtype) / _UNIT
     itself = torch.ones_like(score) if weights is None else weights.to(score.dtype).clone()
     itself.index_fill_(0, trusted, 0)  # counted with the reference
-    p = (itself + below) / (itself + (all_of if group is None else all_of[group]))
+    p = (itself + below) / (itself + (rest if group is None else rest[group]))
     return torch.where(known, p, 1)
 
 

@@ -103,7 +103,9 @@ class LocalFdrGate(Gate):
     def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
         """Probability that the label is right, over ``1 - level``, at most 1."""
         p = self.p_values(score, trusted, labels)
-        probability = right_label_probability(p, counted=torch.isfinite(score), bins=trusted.shape[0] + 1)
+        probability = right_label_probability(
+            p, counted=torch.isfinite(score), bins=max(2, min(trusted.shape[0] + 1, 5000))
+        )
         return (probability / (1 - self.level)).clamp(max=1)
 
 

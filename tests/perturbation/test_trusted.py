@@ -61,6 +61,7 @@ def test_too_few_trusted_rows_have_no_effect(name):
     histories, _, _ = mixture(share=0.4, gap=8.0)
     assert (gate.refresh(histories, torch.arange(least - 1)) == 1).all()
     assert (gate.refresh(histories, torch.arange(least)) < 0.5).float().mean() > 0.2
+    assert (gate.refresh(histories, torch.arange(0)) == 1).all()
     histories.visits[:10] = 1  # seen too rarely
     assert (gate.refresh(histories, torch.arange(least)) == 1).all()
 
