@@ -18,6 +18,8 @@ _HOME = {
     "balanced_meta_split": ".data.meta",
     "meta_dataloader": ".runtime.batches",
     "last_complete_checkpoint": ".integrations.checkpoint",
+    "with_row_ids": ".runtime.row_ids",
+    "with_trusted": ".data.trusted",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -26,12 +28,14 @@ if TYPE_CHECKING:
     from .config import IADAConfig as IADAConfig
     from .criterion import MetaIADA as MetaIADA
     from .data.meta import balanced_meta_split as balanced_meta_split
+    from .data.trusted import with_trusted as with_trusted
     from .head.layer import IADAHead as IADAHead
     from .integrations.checkpoint import last_complete_checkpoint as last_complete_checkpoint
     from .integrations.timm_task import MetaIADATask as MetaIADATask
     from .integrations.trainer import MetaIADACallback as MetaIADACallback
     from .report.report import Report as Report
     from .runtime.batches import meta_dataloader as meta_dataloader
+    from .runtime.row_ids import with_row_ids as with_row_ids
 
 
 def __getattr__(name: str) -> Any:

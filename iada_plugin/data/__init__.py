@@ -6,6 +6,7 @@ from .images import ImageFiles, read_celeba, read_cifar, read_glt, read_image_li
 from .long_tail import long_tail_counts, long_tail_subset
 from .meta import as_labels, balanced_meta_split, labels_of
 from .noise import noisy_labels, transition_matrix
+from .trusted import check_trusted_rows, with_trusted
 
 __all__ = [
     "ColoredDigits",
@@ -14,6 +15,7 @@ __all__ = [
     "as_labels",
     "attribute_clusters",
     "balanced_meta_split",
+    "check_trusted_rows",
     "colored_digits",
     "glt_splits",
     "labels_of",
@@ -27,4 +29,5 @@ __all__ = [
     "read_mnist",
     "read_waterbirds",
     "transition_matrix",
+    "with_trusted",
 ]

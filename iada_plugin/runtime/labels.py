@@ -12,12 +12,15 @@ def labels_of(data: Any) -> torch.Tensor | None:
     """The labels ``[N]`` of a data set or loader if they can be read without loading samples, else ``None``.
 
     Understands Hugging Face datasets (a column "labels" or "label"), ``.targets`` or ``.labels``, `TensorDataset`,
-    `Subset`, and loaders over them.
+    `Subset`, `ConcatDataset`, and loaders over them.
     """
     data = getattr(data, "dataset", data) if isinstance(data, torch.utils.data.DataLoader) else data
     if isinstance(data, torch.utils.data.Subset):
         inner = labels_of(data.dataset)
         return None if inner is None else inner[torch.as_tensor(list(data.indices), dtype=torch.long)]
+    if isinstance(data, torch.utils.data.ConcatDataset):
+        parts = [labels_of(part) for part in data.datasets]
+        return None if any(part is None for part in parts) else torch.cat(parts)  # type: ignore[arg-type]
     found = None
     columns = getattr(data, "column_names", None)
     if columns is not None:

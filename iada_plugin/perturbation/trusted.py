@@ -1,0 +1,135 @@
+"""Gates: which training rows are kept, judged by their histories against those of the trusted rows.
+
+A trusted row's label was checked and it is trained along with the rest, so the trusted rows show what a right label looks like
+at any moment of training. One class for each form, found by name in :data:`GATES`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .conformal import GROUPS, class_share_weights, conformal_p_values, right_label_probability
+from .density_ratio import density_ratio
+from .histories import Histories
+
+__all__ = [
+    "GATES",
+    "DensityRatioGate",
+    "Gate",
+    "HardGate",
+    "LocalFdrGate",
+    "class_share_weights",
+    "conformal_p_values",
+    "density_ratio",
+    "right_label_probability",
+]
+
+#: Where something is estimated from trusted rows, rather than one of them looked up, there must be so many.
+LEAST_TRUSTED = 20
+
+
+class Gate:
+    """How far each training row is kept.
+
+    Args:
+        level: q in (0, 1): evidence that as large a share of right labels shows has no effect, or little; see each form.
+        min_visits: rows seen less often are kept, and no reference.
+        groups: whom a row is compared with, see :func:`~iada_plugin.perturbation.conformal.conformal_p_values`.
+        class_shares: weigh the trusted rows to the training set's class shares.
+
+    Raises:
+        ValueError: naming the setting that is out of range.
+    """
+
+    def __init__(
+        self, level: float = 0.1, *, min_visits: int = 2, groups: str = "pooled", class_shares: bool = False
+    ) -> None:
+        if not 0 < level < 1:
+            raise ValueError(f"level={level} must be between 0 and 1, such as 0.1.")
+        if min_visits < 1:
+            raise ValueError(f"min_visits={min_visits} must be at least 1: a row that was never seen has no history.")
+        if groups not in GROUPS:
+            raise ValueError(f"groups={groups!r} must be one of {', '.join(map(repr, GROUPS))}.")
+        self.level, self.min_visits, self.groups, self.class_shares = level, min_visits, groups, class_shares
+
+    @property
+    def least_trusted(self) -> int:
+        """Trusted rows seen often enough that it takes before the gate has any effect."""
+        return LEAST_TRUSTED
+
+    @torch.no_grad()
+    def refresh(self, histories: Histories, trusted: Tensor) -> Tensor:
+        """Weight of each row: ``[R]`` in [0, 1], 1 to keep it and 0 to let it go; 1 for all where too few trusted rows were seen.
+
+        Args:
+            histories: of R rows.
+            trusted: ``[T]`` numbers of the trusted rows, on the histories' device; none twice.
+        """
+        seen = histories.visits >= self.min_visits
+        score = torch.where(seen, histories.margin, torch.nan)
+        enough = seen[trusted].sum() >= self.least_trusted
+        return torch.where(seen & enough, self.weight(score, trusted, histories.label), 1)
+
+    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """Weight ``[R]`` of rows with these scores ``[R]`` (NaN: not seen) and labels ``[R]``; given enough trusted rows."""
+        raise NotImplementedError
+
+    def p_values(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """P-values ``[R]`` of the labels, with the gate's settings."""
+        weights = class_share_weights(labels, trusted) if self.class_shares else None
+        return conformal_p_values(score, trusted, labels=labels, groups=self.groups, weights=weights)
+
+
+class HardGate(Gate):
+    """Lets rows go whose p-value is at most ``level``: about that share of right labels, too, and most wrong ones."""
+
+    @property
+    def least_trusted(self) -> int:
+        """``1 / level``: with fewer no p-value is as small."""
+        return math.ceil(1 / self.level - 1e-9)
+
+    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """0 or 1."""
+        return (self.p_values(score, trusted, labels) > self.level).to(score.dtype)
+
+
+class LocalFdrGate(Gate):
+    """Keeps a row as far as its label is probably right; fully from a probability of ``1 - level`` on."""
+
+    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """Probability that the label is right, over ``1 - level``, at most 1."""
+        p = self.p_values(score, trusted, labels)
+        probability = right_label_probability(
+            p, counted=torch.isfinite(score), bins=max(2, min(trusted.shape[0] + 1, 5000))
+        )
+        return (probability / (1 - self.level)).clamp(max=1)
+
+
+class DensityRatioGate(Gate):
+    """Keeps a row as far as its history is as frequent among trusted rows as among training rows, relative to the ``level`` of
+    trusted rows of which that is most true. Compares within no groups: both sides weigh all classes equally.
+
+    Raises:
+        ValueError: ``groups`` or ``class_shares`` is set.
+    """
+
+    def __init__(self, level: float = 0.1, **options: Any) -> None:
+        super().__init__(level, **options)
+        if self.groups != "pooled" or self.class_shares:
+            raise ValueError("the gate 'density_ratio' weighs all classes equally: leave groups and class_shares out.")
+
+    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """The density ratio over its ``1 - level`` quantile, at most 1."""
+        return density_ratio(score, trusted, labels, top=1 - self.level)
+
+
+#: The forms, by name.
+GATES: dict[str, type[Gate]] = {
+    "hard": HardGate,
+    "local_fdr": LocalFdrGate,
+    "density_ratio": DensityRatioGate,
+}
