@@ -171,7 +171,7 @@ def after_report(names):
 
 
 def after_extending(names):
-    assert names["iada"].meta.perturbation.mean.numel() == 16 and names["iada"].pop_metrics()["iada/meta_loss"] > 0
+    assert names["iada"].learner.perturbation.mean.numel() == 16 and names["iada"].pop_metrics()["iada/meta_loss"] > 0
     assert names["weighted"].epsilon.std() > 0 and names["weighted"].failures.skipped == 0
 
 
