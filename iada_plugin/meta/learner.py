@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional.covariance import Covariance, LowRank, plain_step, put, relative_step, take
 from ..functional.logits import direction_and_scale
 from ..head.layer import IADAHead
 from ..perturbation.network import EpsilonLog, PerturbationNetwork
@@ -208,7 +207,7 @@ class MetaStep:
     def _undone_on_error(self, classes: Tensor) -> Iterator[None]:
         """Take back half a step, which an interrupt would leave."""
         network = [t.clone() for t in self._network_state()]
-        rows = take(self.head.class_covariance, classes)
+        rows = self.head.class_covariance.take(classes)
         try:
             yield
         except BaseException:
@@ -216,7 +215,7 @@ class MetaStep:
                 self.meta_optimizer.state.clear()
             for tensor, old in zip(self._network_state(), network, strict=True):
                 tensor.copy_(old)
-            put(self.head.class_covariance, classes, rows)
+            self.head.class_covariance.put(classes, rows)
             raise
 
     def _learn_once(self, problem: hg.HeadProblem, f: Tensor, fine: Tensor, eta: float) -> Tensor:
@@ -228,25 +227,17 @@ class MetaStep:
             problem, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta
         )
         fine = fine & torch.isfinite(for_epsilon).all()
-        parts = for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,)
-        for values in parts:
-            if values is not None:
-                fine = fine & torch.isfinite(values).all()
+        if for_covariance is not None:
+            fine = fine & for_covariance.isfinite()
         # d meta / d(eps, Sigma) is -eta times what was computed.
         with torch.enable_grad():
             self._step_network(-(epsilon * (for_epsilon * size)).sum(), fine)
         if for_covariance is not None and config.covariance_lr > 0:
-            own = take(head.class_covariance, problem.classes)
-            moved: Covariance
-            if isinstance(for_covariance, LowRank):
-                moved = relative_step(own, LowRank(*(-t for t in for_covariance)), config.covariance_lr)
-                moved = LowRank(*(torch.where(fine, new, old) for new, old in zip(moved, own, strict=True)))
-            else:
-                step = relative_step if config.covariance_step == "relative" else plain_step
-                scale = 1.0 if config.covariance_step == "relative" else eta
-                down = torch.where(fine, -scale * for_covariance, 0)  # eigenvalues of a NaN are an error
-                moved = torch.where(fine, step(own, down, config.covariance_lr), own)  # type: ignore[arg-type, operator]
-            put(head.class_covariance, problem.classes, moved)
+            own, relative = head.class_covariance.take(problem.classes), config.covariance_step == "relative"
+            # Zero where it is not fine: eigenvalues of a NaN are an error.
+            down = for_covariance.scaled(-1.0 if relative else -eta).where(fine, 0)
+            moved = (own.relative_step if relative else own.plain_step)(down, config.covariance_lr)
+            head.class_covariance.put(problem.classes, moved.where(fine, own))
         return fine
 
     def _step_network(self, objective: Tensor, fine: Tensor) -> None:
