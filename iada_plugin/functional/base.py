@@ -68,10 +68,13 @@ class Covariance:
         """Whether everything is finite, ``[]``; not waited for."""
         return torch.stack([t.isfinite().all() for t in self.tensors]).all()
 
-    def where(self, condition: Tensor, other: Covariance | float) -> Covariance:
+    def where(self, condition: Tensor, other: Covariance) -> Covariance:
         """This one where ``condition`` ``[]`` holds, else ``other``."""
-        others = other.tensors if isinstance(other, Covariance) else (other,) * len(self.tensors)
-        return type(self)(*(torch.where(condition, a, b) for a, b in zip(self.tensors, others, strict=True)))
+        return type(self)(*(torch.where(condition, a, b) for a, b in zip(self.tensors, other.tensors, strict=True)))
+
+    def zero_unless(self, condition: Tensor) -> Covariance:
+        """This one where ``condition`` ``[]`` holds, else zero."""
+        return type(self)(*(torch.where(condition, t, 0) for t in self.tensors))
 
     def scaled(self, factor: float) -> Covariance:
         """Every tensor times ``factor``: for gradients, which are linear in what they keep."""
@@ -120,6 +123,20 @@ class Covariance:
             ValueError: a form that such a step would leave.
         """
         raise NotImplementedError
+
+    def move(self, step: str, classes: Tensor, gradient: Covariance, lr: float, fine: Tensor) -> None:
+        """Take a step of the rows of ``classes``, in place, if ``fine`` ``[]``; not waited for.
+
+        Args:
+            step: "relative" or "plain".
+            classes: ``[U]`` different ones.
+            gradient: of their rows, finite.
+            lr: as the step has it.
+            fine: whether to.
+        """
+        rows = self.take(classes)
+        moved = (rows.relative_step if step == "relative" else rows.plain_step)(gradient, lr)
+        self.put(classes, moved.where(fine, rows))
 
     # ----------------------------------------------------------------- the variance term, of rows of the classes present
 

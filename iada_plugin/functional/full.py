@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from .base import Covariance, pieces
+from .differences import differences, full_gradient, transposed
 
 
 class FullCovariance(Covariance):
@@ -48,18 +49,28 @@ class FullCovariance(Covariance):
             moved[part] = gradient.step_down(part, self.matrices[part], lr)
         return FullCovariance(moved)
 
+    def move(self, step: str, classes: Tensor, gradient: Covariance, lr: float, fine: Tensor) -> None:
+        if step != "relative":
+            return super().move(step, classes, gradient, lr, fine)
+        assert isinstance(gradient, FullCovariance)
+        for part in pieces(classes.numel(), self.matrices.shape[1] ** 2):
+            own = classes[part]
+            rows = self.matrices[own]
+            moved = gradient.step_down(part, rows, lr)
+            self.matrices[own] = torch.where(fine, moved, rows, out=moved)
+
     def step_down(self, part: slice, sigma: Tensor, lr: float) -> Tensor:
         """Where :meth:`relative_step` along this gradient leads the covariances ``sigma`` ``[piece, H, H]``."""
         tiny, dims = torch.finfo(torch.float32).tiny, (1, 2)
         gradient = self.matrices[part]
         gradient = gradient / gradient.square().sum(dims, keepdim=True).sqrt().clamp_min(tiny)
         product = gradient @ sigma
-        change = product + product.mT
+        change = product + transposed(product)
         step = lr * sigma.square().sum(dims, keepdim=True).sqrt()
         step = step / change.square().sum(dims, keepdim=True).sqrt().clamp_min(tiny)
         step = step.clamp_max(0.5)  # keeps I - t G invertible where Sigma is nearly orthogonal to G
         moved = sigma - step * change + step.square() * (product @ gradient)
-        return 0.5 * (moved + moved.mT)
+        return (moved + transposed(moved)).mul_(0.5)
 
     def plain_step(self, gradient: Covariance, lr: float) -> FullCovariance:
         """The eigenvalues are computed, at ten times the cost of a product, only for batches in which a Cholesky
@@ -88,6 +99,9 @@ class FullCovariance(Covariance):
     def gradient(
         self, weight: Tensor, classes: Tensor, k: Tensor, weight_dot: Tensor | None = None, r: Tensor | None = None
     ) -> FullCovariance:
+        # Of three times as many features as classes on, a factored gradient is the cheaper one to go along.
+        if r is not None and weight_dot is not None and 3 * weight.shape[0] <= weight.shape[1]:
+            return FactoredGradient(weight, weight_dot, classes, k, r)
         return FullCovariance(full_gradient(weight, classes, k, weight_dot, r))
 
     def add_to(
@@ -125,23 +139,66 @@ class FullCovariance(Covariance):
         return [full_gradient(weight, classes, k) if wanted[0] else None]
 
 
-def differences(weight: Tensor, classes: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """``w_j - w_u`` ``[piece, C, H]`` for one piece of the classes after the other."""
-    num_classes, num_features = weight.shape
-    for part in pieces(classes.numel(), max(num_classes, num_features) * num_features):
-        yield part, weight[None] - weight[classes[part]][:, None]
+class FactoredGradient(FullCovariance):
+    """``G_u = 1/2 (D^T E + E^T D)`` with rows ``d_j = w_j - w_u`` of D and ``e_j = 1/2 k_uj d_j + r_uj w'_j - r_uj w'_u`` of E.
+
+    That is ``B^T M B`` with the basis ``B = [D; E]`` ``[R, H]``, R = 2 C, and a core M that is half the exchange of D and E:
+    of rank at most R. The matrices are built where somebody asks for them.
+
+    Args:
+        weight, weight_dot: ``[C, H]``.
+        classes: ``[U]``.
+        k, r: ``[U, C]``.
+    """
+
+    def __init__(self, weight: Tensor, weight_dot: Tensor, classes: Tensor, k: Tensor, r: Tensor) -> None:
+        self.weight, self.weight_dot, self.classes, self.k, self.r = weight, weight_dot, classes, k, r
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """The matrices ``[U, H, H]``, built each time."""
+        return (full_gradient(self.weight, self.classes, self.k, self.weight_dot, self.r),)
+
+    def isfinite(self) -> Tensor:
+        parts = (self.weight, self.weight_dot, self.k, self.r)
+        return torch.stack([t.isfinite().all() for t in parts]).all()
+
+    def scaled(self, factor: float) -> FactoredGradient:
+        return FactoredGradient(self.weight, self.weight_dot, self.classes, factor * self.k, factor * self.r)
+
+    def zero_unless(self, condition: Tensor) -> FactoredGradient:
+        k, r = (torch.where(condition, t, 0) for t in (self.k, self.r))
+        return FactoredGradient(self.weight, self.weight_dot, self.classes, k, r)
+
+    def step_down(self, part: slice, sigma: Tensor, lr: float) -> Tensor:
+        """In ``O(R H^2 + R^2 H)`` a class instead of ``O(H^3)``."""
+        tiny = torch.finfo(torch.float32).tiny
+        classes, k, r = self.classes[part], self.k[part], self.r[part]
+        # Any multiple will do: this one keeps the squares below in range.
+        largest = torch.maximum(k.abs().amax(dim=1), r.abs().amax(dim=1)).clamp_min(tiny)[:, None, None]
+        d = self.weight[None] - self.weight[classes][:, None]
+        d_dot = self.weight_dot[None] - self.weight_dot[classes][:, None]
+        e = 0.5 * (k[:, :, None] / largest) * d + (r[:, :, None] / largest) * d_dot
+        basis = torch.cat([d, e], dim=1)  # B: [piece, R, H]
+        gram = basis @ basis.mT  # S = B B^T
+        product = basis @ sigma  # X = B Sigma
+        # In the basis: G Sigma = B^T Y, and tr(G Sigma G Sigma) = tr(V V) with V = Y B^T.
+        moved = _exchanged(product)  # Y = M X
+        inner = moved @ basis.mT  # V
+        own = _exchanged(gram)  # M S: |G|^2 = tr(M S M S)
+        norm = (own * own.mT).sum((1, 2)).clamp_min(0).sqrt()
+        # |G Sigma + Sigma G|^2, of two parts that are not negative.
+        change = 2 * ((gram @ moved) * moved).sum((1, 2)) + 2 * (inner * inner.mT).sum((1, 2))
+        size = torch.linalg.vector_norm(sigma, dim=(1, 2))
+        step = lr * size / change.clamp_min(0).sqrt().clamp_min(tiny)
+        # Keeps I - t G invertible where Sigma is nearly orthogonal to G.
+        step = torch.minimum(step, 0.5 / norm.clamp_min(tiny))[:, None, None]
+        # G Sigma G = B^T (V M) B, so that Sigma moves by the symmetric part of -2 B^T Z.
+        z = step * moved - (0.5 * step.square()) * (_exchanged(inner.mT).mT @ basis)
+        found = torch.baddbmm(sigma, basis.mT, z, alpha=-2)
+        return (found + transposed(found)).mul_(0.5)
 
 
-def full_gradient(
-    weight: Tensor, classes: Tensor, k: Tensor, weight_dot: Tensor | None = None, r: Tensor | None = None
-) -> Tensor:
-    """:meth:`iada_plugin.functional.base.Covariance.gradient` as matrices, ``[U, H, H]``."""
-    found = []
-    for part, d in differences(weight, classes):
-        gradient = d.mT @ (k[part][:, :, None] * d)
-        if r is not None and weight_dot is not None:
-            d_dot = weight_dot[None] - weight_dot[classes[part]][:, None]
-            cross = d_dot.mT @ (r[part][:, :, None] * d)
-            gradient += cross + cross.mT
-        found.append(0.5 * gradient)
-    return torch.cat(found)
+def _exchanged(rows: Tensor) -> Tensor:
+    """``M rows``: half the rows of D and E ``[piece, R, ...]``, exchanged."""
+    return 0.5 * rows.roll(rows.shape[1] // 2, dims=1)

@@ -233,11 +233,9 @@ class MetaStep:
         with torch.enable_grad():
             self._step_network(-(epsilon * (for_epsilon * size)).sum(), fine)
         if for_covariance is not None and config.covariance_lr > 0:
-            own, relative = head.class_covariance.take(problem.classes), config.covariance_step == "relative"
-            # Zero where it is not fine: eigenvalues of a NaN are an error.
-            down = for_covariance.scaled(-1.0 if relative else -eta).where(fine, 0)
-            moved = (own.relative_step if relative else own.plain_step)(down, config.covariance_lr)
-            head.class_covariance.put(problem.classes, moved.where(fine, own))
+            scale = 1.0 if config.covariance_step == "relative" else eta
+            down = for_covariance.scaled(-scale).zero_unless(fine)  # eigenvalues of a NaN are an error
+            head.class_covariance.move(config.covariance_step, problem.classes, down, config.covariance_lr, fine)
         return fine
 
     def _step_network(self, objective: Tensor, fine: Tensor) -> None:

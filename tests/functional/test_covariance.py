@@ -189,8 +189,8 @@ def test_rows_are_taken_as_copies_and_put_back(kind):
 def test_choices_are_made_without_a_wait(kind):
     covariance, _ = filled(kind)
     yes, no = torch.tensor(True), torch.tensor(False)
-    assert torch.equal(covariance.where(yes, 0).dense(), covariance.dense())
-    assert not covariance.where(no, 0).dense().any()
+    assert torch.equal(covariance.zero_unless(yes).dense(), covariance.dense())
+    assert not covariance.zero_unless(no).dense().any()
     twice = covariance.scaled(2.0)
     assert torch.equal(covariance.where(no, twice).dense(), twice.dense())
     assert bool(covariance.isfinite()) and covariance.isfinite().shape == ()
@@ -198,7 +198,7 @@ def test_choices_are_made_without_a_wait(kind):
         broken = COVARIANCES[kind](*(t.clone() for t in covariance))
         broken.tensors[i].view(-1)[3] = float("nan")
         assert not bool(broken.isfinite())
-        assert not bool(broken.where(no, 0).isfinite().logical_not())
+        assert not bool(broken.zero_unless(no).isfinite().logical_not())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -233,3 +233,16 @@ def test_a_low_rank_has_no_plain_step():
     assert "plain" not in covariance.steps
     with pytest.raises(ValueError, match=r"covariance='low_rank': use 'relative'"):
         covariance.plain_step(covariance, 0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_move_in_place_is_the_step_or_nothing(kind):
+    covariance, dense = filled(kind)
+    classes = torch.tensor([3, 0])
+    gradient = covariance.take(torch.tensor([1, 2]))
+    expected = covariance.take(classes).relative_step(gradient, 0.1)
+    covariance.move("relative", classes, gradient, 0.1, torch.tensor(False))
+    torch.testing.assert_close(covariance.dense(), dense)
+    covariance.move("relative", classes, gradient, 0.1, torch.tensor(True))
+    torch.testing.assert_close(covariance.take(classes).dense(), expected.dense())
+    torch.testing.assert_close(covariance.dense()[[1, 2, 4]], dense[[1, 2, 4]])

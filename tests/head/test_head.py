@@ -142,7 +142,8 @@ def test_the_buffers_are_the_covariances_of_the_form(covariance):
     assert head.covariance_form == form.name == covariance
     assert {n: getattr(head, n).shape for n in form.buffers} == form.shapes(4, 6, 2)
     assert (head.covariance_factor is None) == (covariance != "low_rank")
-    form.put(torch.tensor([1]), form.take(torch.tensor([1])).where(torch.tensor(False), 1.0))
+    rows = form.take(torch.tensor([1]))
+    form.put(torch.tensor([1]), COVARIANCES[covariance](*(t + 1 for t in rows)))
     assert head.covariance[1].all() and not head.covariance[0].any()
 
 
