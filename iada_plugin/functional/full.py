@@ -155,20 +155,23 @@ class FactoredGradient(FullCovariance):
         self.weight, self.weight_dot, self.classes, self.k, self.r = weight, weight_dot, classes, k, r
 
     @property
+    def _parts(self) -> tuple[Tensor, ...]:
+        return self.weight, self.weight_dot, self.k, self.r
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:  # type: ignore[override]
         """The matrices ``[U, H, H]``, built each time."""
         return (full_gradient(self.weight, self.classes, self.k, self.weight_dot, self.r),)
 
     def isfinite(self) -> Tensor:
-        parts = (self.weight, self.weight_dot, self.k, self.r)
-        return torch.stack([t.isfinite().all() for t in parts]).all()
+        return torch.stack([t.isfinite().all() for t in self._parts]).all()
 
     def scaled(self, factor: float) -> FactoredGradient:
         return FactoredGradient(self.weight, self.weight_dot, self.classes, factor * self.k, factor * self.r)
 
     def zero_unless(self, condition: Tensor) -> FactoredGradient:
-        k, r = (torch.where(condition, t, 0) for t in (self.k, self.r))
-        return FactoredGradient(self.weight, self.weight_dot, self.classes, k, r)
+        weight, weight_dot, k, r = (torch.where(condition, t, 0) for t in self._parts)
+        return FactoredGradient(weight, weight_dot, self.classes, k, r)
 
     def step_down(self, part: slice, sigma: Tensor, lr: float) -> Tensor:
         """In ``O(R H^2 + R^2 H)`` a class instead of ``O(H^3)``."""
