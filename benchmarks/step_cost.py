@@ -41,7 +41,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import iada_plugin.meta.hypergradient as hg
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, Report
-from iada_plugin.functional.covariance import variances
 from iada_plugin.functional.logits import direction_and_scale
 from iada_plugin.head import find_classifier
 from iada_plugin.perturbation.characteristics import BatchState, compute_characteristics
@@ -241,7 +240,7 @@ def characteristics_of(layer: IADAHead, h: Tensor, logits: Tensor, weight: Tenso
     zeros = torch.zeros_like(layer.class_count)
     state = BatchState(
         h.detach().float(), logits.detach().float(), y, weight.detach().float(), layer.class_mean.float(),
-        variances(layer.covariance).sum(1), layer.log_prior.exp(), zeros, zeros, zeros[0],
+        layer.class_covariance.variances().sum(1), layer.log_prior.exp(), zeros, zeros, zeros[0],
     )  # fmt: skip
     return compute_characteristics(state).to(weight.dtype)
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .functional.covariance import COVARIANCES
+
 
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -140,15 +142,16 @@ class IADAConfig:
         self._check("meta_lr", self.meta_lr >= 0, "at least 0")
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
-        if self.covariance == "low_rank" and self.covariance_step == "plain":
-            raise ValueError(
-                "IADAConfig: covariance_step='plain' would leave the form of covariance='low_rank': use 'relative'."
-            )
         self._check("virtual_lr", self.virtual_lr is None or self.virtual_lr > 0, "None or positive")
         self._check("perturbation_size", self.perturbation_size > 0, "positive")
         self._check("epsilon_range", -math.inf < low < high < math.inf, "(low, high) with low < high")
         for name, choices in _CHOICES.items():
             self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
+        form = COVARIANCES.get(self.covariance)
+        if form is not None and self.covariance_step not in form.steps:
+            raise ValueError(
+                "IADAConfig: covariance_step='plain' would leave the form of covariance='low_rank': use 'relative'."
+            )
 
     def _check(self, name: str, right: bool, wanted: str) -> None:
         value = getattr(self, name)
@@ -207,7 +210,7 @@ class IADAConfig:
 _NUMBERS_OR_NONE = ("warmup_epochs", "meta_momentum", "meta_batch_size", "virtual_lr")
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
-    "covariance": ("auto", "full", "diagonal", "low_rank"),
+    "covariance": ("auto", *COVARIANCES),
     "hypergradient": ("finite_difference", "forward", "head"),
     "schedule": ("lookahead", "online"),
     "memory": ("fast", "low"),

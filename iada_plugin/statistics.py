@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .config import IADAConfig
-from .functional.covariance import variances
 from .head import IADAHead
 from .perturbation.characteristics import BatchState, Characteristic, compute_characteristics
 from .perturbation.means import RunningMeans
@@ -98,7 +97,7 @@ class Statistics:
             labels=labels,
             weight=whole(head.weight.detach()).to(dtype),
             class_mean=head.class_mean,
-            class_spread=variances(head.class_covariance).sum(dim=1),
+            class_spread=head.class_covariance.variances().sum(dim=1),
             class_proportion=counts / counts.sum().clamp_min(torch.finfo(dtype).tiny),
             class_loss=self.means.class_loss,
             class_margin=self.means.class_margin,

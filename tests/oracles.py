@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+from iada_plugin.functional.covariance import LowRank
+
 
 def naive_variance_term(weight, labels, covariance):
     """rho by a plain loop."""
@@ -58,3 +60,29 @@ def double_backward(features_of, parameters, train, meta, head, epsilon, sigma, 
     v = torch.autograd.grad(F.cross_entropy(F.linear(h, w, b), meta_labels), list(values.values()))
     product = sum((virtual[n] * d).sum() for n, d in zip(names, v, strict=True))
     return torch.autograd.grad(product, (epsilon, sigma))
+
+
+def layer_data(n=7, c=5, h=6, full=True, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    half = draw(c, h, h)
+    covariance = half @ half.mT / h if full else half[:, 0].square()
+    labels = torch.randint(0, c, (n,), generator=generator)
+    return draw(n, h), draw(c, h), draw(c), labels, 0.4 * draw(n), covariance, draw(c).log_softmax(0)
+
+
+def in_form(kind):
+    """A covariance in one of the forms, its tensors, and the dense ``[C, H, H]`` that they stand for."""
+    generator = torch.Generator().manual_seed(2)
+    half = torch.randn(5, 6, 6, generator=generator, dtype=torch.float64)
+    if kind == "full":
+        covariance = (half @ half.mT).requires_grad_()
+        return covariance, [covariance], covariance
+    diagonal = half[:, 0].square().requires_grad_()
+    if kind == "diagonal":
+        return diagonal, [diagonal], torch.diag_embed(diagonal)
+    factor = half[:, :, :2].clone().requires_grad_()
+    return LowRank(diagonal, factor), [diagonal, factor], torch.diag_embed(diagonal) + factor @ factor.mT

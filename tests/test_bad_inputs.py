@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, MetaIADACallback
 from iada_plugin import data as D
+from iada_plugin.functional import LowRank
 from iada_plugin.functional import logits as IF
 from iada_plugin.integrations.checkpoint import load_state, save_state
 
@@ -259,7 +260,7 @@ for name, changes, pattern in (
     ("epsilon of one", {"epsilon": H[0, :1]}, r"epsilon has shape \[1\]: it must be \[7\]"), ("epsilon short", {"epsilon": H[:3, 0]}, r"epsilon.*\[3\]"),
     ("covariance of few classes", {"covariance": EYE[:3]}, r"covariance has shape \[3, 6, 6\]: it must be \[4, 6\] or \[4, 6, 6\]"),
     ("covariance of few features", {"covariance": EYE[:, :5, :5]}, r"covariance.*\[4, 5, 5\]"), ("one matrix", {"covariance": EYE[0]}, r"covariance.*\[6, 6\]"),
-    ("factor", {"covariance": IF.LowRank(EYE[:, 0], EYE[:, :5, :2])}, r"covariance.factor has shape \[4, 5, 2\]: it must be \[4, 6, 2\]"),
+    ("factor", {"covariance": LowRank(EYE[:, 0], EYE[:, :5, :2])}, r"covariance.factor has shape \[4, 5, 2\]: it must be \[4, 6, 2\]"),
     ("prior", {"log_prior": H[:, :4]}, r"log_prior has shape \[7, 4\]: it must be \[4\]"),
     ("no sample", {"features": H[:0], "labels": L[:0], "epsilon": H[:0, 0]}, "no sample"),
 ):

@@ -11,7 +11,6 @@ from test_baselines import load
 
 from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
-from iada_plugin.functional.covariance import put, relative_step, take
 from iada_plugin.meta import hypergradient as hg
 from iada_plugin.meta.difference import forward_tangent
 
@@ -36,15 +35,15 @@ def test_peak_memory_counts_what_is_alive():
     assert 3 * 6000 <= memory.peak <= 5 * 6000 + 100
 
 
-@pytest.mark.parametrize("covariance,rank", [("diagonal", 0), ("low_rank", 4)])
-def test_inaturalist_fits_beside_the_model(covariance, rank):
+@pytest.mark.parametrize("form,rank", [("diagonal", 0), ("low_rank", 4)])
+def test_inaturalist_fits_beside_the_model(form, rank):
     """C = 8142, H = 2048, N = 64: statistics, loss, hypergradient and step in well under a gigabyte."""
     generator = torch.Generator().manual_seed(0)
     h = torch.randn(64, 2048, generator=generator).relu_().requires_grad_()
     y = torch.randint(0, 8142, (64,), generator=generator)
     layer = torch.nn.Linear(2048, 8142)
     with meter.PeakMemory("cpu") as memory:
-        head = IADAHead.from_linear(layer, covariance=covariance, covariance_rank=rank or 8)
+        head = IADAHead.from_linear(layer, covariance=form, covariance_rank=rank or 8)
         head.update_statistics(h, y)
         head.update_statistics(h + 0.1 * torch.randn(h.shape), y)
         epsilon = torch.rand(64)
@@ -56,7 +55,8 @@ def test_inaturalist_fits_beside_the_model(covariance, rank):
             problem = hg.head_problem(tangent, y, True, True)
             _, gradient = hg.head_hypergradient(problem, epsilon, head.class_covariance, head.log_prior, 0.5, 1.0)
             classes = problem.classes
-            put(head.class_covariance, classes, relative_step(take(head.class_covariance, classes), gradient, 1e-3))
+            covariance = head.class_covariance
+            covariance.put(classes, covariance.take(classes).relative_step(gradient, 1e-3))
     assert loss.isfinite() and memory.peak < 0.85e9
 
 

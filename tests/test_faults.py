@@ -14,8 +14,8 @@ from models import MLP, ConvNet
 from torch import nn
 
 from iada_plugin import IADAConfig, MetaIADA, meta_dataloader
+from iada_plugin.functional.full import FullCovariance
 from iada_plugin.meta import hypergradient as hg
-from iada_plugin.meta import learner as meta_step_module
 from iada_plugin.meta import tangents
 from iada_plugin.runtime.failures import PATIENCE, MetaLoaderError
 
@@ -107,7 +107,7 @@ def places(run):
         "the meta pass": (schedule.gradient, "at_parameters"),
         "a layer in the meta pass": (run.model.block[0], "forward"),
         "Omega's step": (step.meta_optimizer, "step"),
-        "Sigma's step": (meta_step_module, "relative_step"),
+        "Sigma's step": (FullCovariance, "relative_step"),
         "the head's hypergradient": (hg, "head_hypergradient"),
         "completing the tangent": (schedule.tangents, "complete"),
     }

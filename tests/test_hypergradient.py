@@ -95,7 +95,7 @@ def run(
         iada.close()
     for_epsilon, for_sigma = seen["result"]
     found_sigma = torch.zeros_like(sigma)
-    found_sigma[seen["present"]] = for_sigma.double()
+    found_sigma[seen["present"]] = for_sigma.tensors[0].double()
 
     # The oracle: the same problem in float64, the dropout masks of the two passes replayed.
     model, train, meta = problem(name, dropout, attention)

@@ -13,7 +13,7 @@ from torch import nn
 
 from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
-from iada_plugin.functional.covariance import LowRank, update_class_statistics, variances
+from iada_plugin.functional.covariance import LowRank, update_class_statistics
 from iada_plugin.head import convert_to_iada, restore_linear
 from iada_plugin.runtime.capture import Capture
 from iada_plugin.runtime.isolation import rng_state
@@ -165,7 +165,7 @@ def test_statistics_do_not_depend_on_the_cut(problem, data):
         state = {"full": torch.diag_embed(zeros), "diagonal": zeros.clone(), "low_rank": LowRank(zeros.clone(), zeros[:, :, None].clone())}[kind]  # fmt: skip
         for start, stop in zip([0, *borders], [*borders, len(y)], strict=True):
             update_class_statistics(count, mean, state, h[start:stop], y[start:stop])
-        results.append((count, mean, variances(state) if kind == "low_rank" else state))
+        results.append((count, mean, state.variances() if kind == "low_rank" else state))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
     count, mean, state = results[0]

@@ -8,9 +8,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "iada_plugin"
 #: Floor of each room, a folder or a file of the package. The same table, for people, is in docs/CONTRIBUTING.md.
 FLOORS = {
-    "config": 1, "functional": 1, "metrics": 1, "runtime": 1,
-    "data": 2, "head": 2, "perturbation": 2, "warmup": 2,
-    "statistics": 3,
+    "functional": 1, "metrics": 1, "runtime": 1,
+    "config": 2, "data": 2, "head": 2, "perturbation": 2,
+    "statistics": 3, "warmup": 3,
     "meta": 4, "report": 4,
     "step": 5,
     "criterion": 6,

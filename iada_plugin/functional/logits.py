@@ -2,7 +2,8 @@
 
 Notation of Zhou et al., "Boosting Model Resilience via Implicit Adversarial Data Augmentation" (IJCAI 2024): N samples,
 C classes, H features of the last layer ``W h + b``, p = softmax(W h + b), e_y one-hot, Sigma_y the covariance of class y.
-Every covariance argument is ``[C, H, H]`` (full), ``[C, H]`` (its diagonal) or a `LowRank`.
+Every covariance argument is ``[C, H, H]`` (full), ``[C, H]`` (its diagonal) or a :class:`~.covariance.Covariance`, as
+`LowRank` is.
 """
 
 from __future__ import annotations
@@ -14,16 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .covariance import Covariance, LowRank, present_classes, take
-from .variance import (
-    class_variance_term,
-    covariance_gradient,
-    full_variance_term,
-    full_weight_gradient,
-    low_rank_gradient,
-    low_rank_variance_term,
-    low_rank_weight_gradient,
-)
+from .covariance import COVARIANCES, Covariance, as_covariance, present_classes, wanted_shapes
 
 
 def _indices(labels: Tensor | None, n: int | None, num_classes: int) -> Tensor:
@@ -44,7 +36,7 @@ def _indices(labels: Tensor | None, n: int | None, num_classes: int) -> Tensor:
 def _check_shapes(
     weight: Tensor,
     n: int,
-    covariance: Covariance | None,
+    covariance: Tensor | Covariance | None,
     features: Tensor | None = None,
     epsilon: Tensor | None = None,
     log_prior: Tensor | None = None,
@@ -53,14 +45,11 @@ def _check_shapes(
     if torch.compiler.is_compiling():
         return
     c, h = weight.shape
-    low = isinstance(covariance, LowRank)
-    diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
-    for name, value, *wanted in (
-        ("features", features, (n, h)),
-        ("epsilon", epsilon, (n,)),
-        ("log_prior", log_prior, (c,)),
-        ("covariance", diagonal, (c, h), *([] if low else [(c, h, h)])),
-        ("covariance.factor", factor, (c, h, *(() if factor is None else factor.shape[-1:]))),
+    for name, value, wanted in (
+        ("features", features, [(n, h)]),
+        ("epsilon", epsilon, [(n,)]),
+        ("log_prior", log_prior, [(c,)]),
+        *wanted_shapes(covariance, c, h),
     ):
         if value is not None and tuple(value.shape) not in wanted:
             raise ValueError(f"{name} has shape {list(value.shape)}: it must be {' or '.join(str([*s]) for s in wanted)} with"
@@ -126,7 +115,7 @@ def direction_and_scale(logits: Tensor, weight: Tensor, labels: Tensor, in_margi
     return toward.sign_(), scale
 
 
-def variance_term(weight: Tensor, labels: Tensor, covariance: Covariance) -> Tensor:
+def variance_term(weight: Tensor, labels: Tensor, covariance: Tensor | Covariance) -> Tensor:
     """``rho_ij = 1/2 (w_j - w_y)^T Sigma_y (w_j - w_y)`` with ``y = labels[i]`` (ISDA; Eq. 6 of the paper).
 
     Args:
@@ -141,7 +130,7 @@ def variance_term(weight: Tensor, labels: Tensor, covariance: Covariance) -> Ten
     labels = _indices(labels, None, len(weight))
     _check_shapes(weight, len(labels), covariance)
     classes, inverse = present_classes(labels, len(weight))
-    return class_variance_term(weight, classes, take(covariance, classes))[inverse]
+    return as_covariance(covariance).take(classes).variance_term(weight, classes)[inverse]
 
 
 class _IADALogits(torch.autograd.Function):
@@ -149,95 +138,69 @@ class _IADALogits(torch.autograd.Function):
 
     With a diagonal covariance: four matrix products of the layer's size forwards and three backwards, where the layer
     alone has one and two, and nothing of the size of the weight is kept in between. (No ``add_(..., alpha=...)`` to a
-    product: inductor of torch 2.14 compiles it without the alpha.)
+    product: inductor of torch 2.14 compiles it without the alpha.) What depends on the form of the covariances is the
+    business of its class, of the name ``form``, and of its ``tensors``; without a form there is no variance term.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, epsilon: Tensor | None,
-        covariance: Tensor | None, factor: Tensor | None, log_prior: Tensor | None, alpha: float, beta: float,
-        fixed_shift: bool, in_margin: bool,
+        ctx: Any, features: Tensor, weight: Tensor, bias: Tensor | None, epsilon: Tensor | None, log_prior: Tensor | None,
+        labels: Tensor, alpha: float, beta: float, fixed_shift: bool, in_margin: bool, form: str | None, *tensors: Tensor,
     ) -> Tensor:  # fmt: skip
         logits = F.linear(features, weight, bias)
-        step = shift = classes = inverse = rows = low = None
+        step = shift = classes = inverse = None
         kept: list[Tensor] = []
         if epsilon is not None:
             direction, scale = direction_and_scale(logits, weight, labels, in_margin)
             step = direction.mul_(scale[:, None])  # the perturbation at epsilon = 1
             shift = epsilon[:, None] * step
-        if covariance is not None:
+        if form is not None:
             classes, inverse = present_classes(labels, weight.shape[0])
-        if covariance is None or covariance.dim() == 3:
-            if shift is not None:
-                logits.addmm_(shift, weight.T)
-            if covariance is not None:
-                rho, kept = full_variance_term(weight, classes, covariance)
-                logits += alpha * rho[inverse]
-        else:
-            rows = covariance[classes]
-            # rho = 1/2 Sigma (w_j - m)^2 - Sigma (w_y - m) w_j + 1/2 Sigma (w_y^2 - m^2) for the diagonal Sigma of class y
-            # and any m: the middle joins the shift in one product. With m the mean row little cancels.
-            mean = weight.mean(dim=0)
-            own, sigma = weight[labels], (alpha * rows)[inverse]
-            middle = sigma * (own - mean)
-            logits.addmm_(-middle if shift is None else shift - middle, weight.T)
-            quadratic = (0.5 * alpha * rows) @ (weight - mean).square_().T
-            if factor is not None:
-                low = factor[classes]
-                quadratic = quadratic + alpha * low_rank_variance_term(weight, classes, low)
-            logits += quadratic[inverse]
-            logits += 0.5 * (sigma * (own + mean) * (own - mean)).sum(dim=1, keepdim=True)
+            kept = COVARIANCES[form](*tensors).add_to(logits, weight, classes, inverse, shift, alpha)
+        elif shift is not None:
+            logits.addmm_(shift, weight.T)
         if log_prior is not None:
             logits += beta * log_prior
-        ctx.save_for_backward(
-            features, weight, classes, inverse, step, None if fixed_shift else shift, rows, low, *kept
-        )
-        ctx.alpha, ctx.beta = alpha, beta
-        ctx.shapes = [None if t is None else t.shape for t in (covariance, factor)]
+        ctx.save_for_backward(features, weight, classes, inverse, step, None if fixed_shift else shift, *kept)
+        ctx.alpha, ctx.beta, ctx.form = alpha, beta, form
+        ctx.shapes = [t.shape for t in tensors]
         # torch 2.11 compiles an output that was changed in place to one without a gradient, and says nothing.
         return logits.clone() if torch.compiler.is_compiling() else logits
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        features, weight, classes, inverse, step, shift, rows, low, *kept = ctx.saved_tensors
-        names = ("features", "weight", "bias", "labels", "epsilon", "covariance", "factor", "log_prior")
-        wanted = {name: ctx.needs_input_grad[i] for i, name in enumerate(names)}
-        alpha = ctx.alpha
+        features, weight, classes, inverse, step, shift, *kept = ctx.saved_tensors
+        for_features, for_weight, for_bias, for_epsilon, for_prior = ctx.needs_input_grad[:5]
+        of_tensors = ctx.needs_input_grad[11:]
+        form = None if ctx.form is None else COVARIANCES[ctx.form]
         through = g @ weight  # [N, H]
-        k = None if classes is None else g.new_zeros(classes.numel(), g.shape[1]).index_add_(0, inverse, g)  # [U, C]
-        found: dict[str, Tensor | None] = {"features": through if wanted["features"] else None}
-        if wanted["weight"]:
+        k = None if form is None else g.new_zeros(classes.numel(), g.shape[1]).index_add_(0, inverse, g)  # [U, C]
+        gradient = None
+        if for_weight:
             inputs = features if shift is None else features + shift
-            if rows is None:
+            if form is None:
                 gradient = g.T @ inputs
-                if k is not None:
-                    gradient = gradient + alpha * full_weight_gradient(weight, classes, kept, k)
             else:
-                scaled = alpha * rows
-                own = weight[classes]
-                gradient = g.T @ (inputs - (scaled * own)[inverse])
-                gradient.addcmul_(k.T @ scaled, weight)
-                pull = torch.zeros_like(own).index_add_(0, inverse, through) - k.sum(dim=1, keepdim=True) * own
-                gradient.index_add_(0, classes, scaled * pull, alpha=-1)
-                if low is not None:
-                    gradient = gradient + alpha * low_rank_weight_gradient(weight, classes, low, k)
-            found["weight"] = gradient
-        if wanted["epsilon"]:
-            found["epsilon"] = (through * step).sum(dim=1)
-        if wanted["bias"] or wanted["log_prior"]:
-            total = g.sum(dim=0)
-            found["bias"] = total if wanted["bias"] else None
-            found["log_prior"] = ctx.beta * total if wanted["log_prior"] else None
-        for name, shape in zip(("covariance", "factor"), ctx.shapes, strict=True):
-            if wanted[name]:
-                # Of the covariances themselves: only the classes present receive a gradient.
-                if name == "factor":
-                    own = 2 * low_rank_gradient(weight, classes, low, k)
-                else:
-                    own = covariance_gradient(weight, classes, k, full=len(shape) == 3)
-                found[name] = g.new_zeros(shape).index_copy_(0, classes, alpha * own)
-        return tuple(found.get(name) for name in wanted) + (None,) * 4
+                gradient = form.weight_gradient(kept, weight, classes, inverse, ctx.alpha, g, k, through, inputs)
+        total = g.sum(dim=0) if for_bias or for_prior else None
+        found: list[Tensor | None] = [None] * len(of_tensors)
+        if form is not None and any(of_tensors):
+            # Of the covariances themselves: only the classes present receive a gradient.
+            rows = form.tensor_gradients(kept, weight, classes, k, of_tensors)
+            found = [
+                None if own is None else g.new_zeros(shape).index_copy_(0, classes, ctx.alpha * own)
+                for shape, own in zip(ctx.shapes, rows, strict=True)
+            ]
+        return (
+            through if for_features else None,
+            gradient,
+            total if for_bias else None,
+            (through * step).sum(dim=1) if for_epsilon else None,
+            ctx.beta * total if for_prior else None,
+            *(None,) * 6,
+            *found,
+        )
 
 
 def iada_logits(
@@ -246,7 +209,7 @@ def iada_logits(
     bias: Tensor | None,
     labels: Tensor | None,
     epsilon: Tensor | None = None,
-    covariance: Covariance | None = None,
+    covariance: Tensor | Covariance | None = None,
     log_prior: Tensor | None = None,
     alpha: float = 0.5,
     beta: float = 1.0,
@@ -279,13 +242,11 @@ def iada_logits(
     Raises:
         ValueError: labels or a shape that do not fit.
     """
-    low = isinstance(covariance, LowRank)
-    diagonal, factor = covariance if low else (covariance, None)  # type: ignore[misc]
-    used = covariance is not None and alpha != 0
     _check_shapes(weight, features.shape[0], covariance, features, epsilon, log_prior)
-    if used or epsilon is not None:
+    used = None if covariance is None or alpha == 0 else as_covariance(covariance)
+    if used is not None or epsilon is not None:
         labels = _indices(labels, features.shape[0], weight.shape[0])
     return _IADALogits.apply(  # type: ignore[no-any-return, no-untyped-call]
-        features, weight, bias, labels, epsilon, diagonal if used else None, factor if used else None,
-        log_prior if beta != 0 else None, alpha, beta, fixed_shift, in_margin,
+        features, weight, bias, epsilon, log_prior if beta != 0 else None, labels, alpha, beta, fixed_shift, in_margin,
+        *((None,) if used is None else (used.name, *used.tensors)),
     )  # fmt: skip

@@ -36,7 +36,7 @@ def restore_linear(head: IADAHead) -> nn.Linear:
     """Undo :func:`convert_to_iada`. A head that was never converted (built by hand) is left as it is."""
     converted_from = head.__dict__.pop("_converted_from", None)
     if converted_from is not None:
-        for name in BUFFERS:
+        for name in (*BUFFERS, "covariance_form"):
             delattr(head, name)
         head.__class__ = converted_from[0]
     return head

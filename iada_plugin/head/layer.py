@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import logits as functional
-from ..functional.covariance import Covariance, LowRank, covariance_shapes, update_class_statistics, variances
+from ..functional.covariance import COVARIANCES, Covariance, covariance_form, update_class_statistics
 from ..functional.labels import check_labels
 from ..runtime.sharding import whole
 from .find import require_linear
@@ -33,6 +33,7 @@ class IADAHead(nn.Linear):
         covariance_rank: R of "low_rank".
 
     Attributes:
+        covariance_form: "full", "diagonal" or "low_rank": what "auto" came to.
         class_count: ``[C]`` samples in the statistics.
         class_mean: ``[C, H]``.
         covariance: ``[C, H, H]``, or ``[C, H]`` where only the diagonal is kept; zero for a class never seen.
@@ -47,6 +48,7 @@ class IADAHead(nn.Linear):
         torch.Size([4, 3])
     """
 
+    covariance_form: str
     class_count: Tensor
     class_mean: Tensor
     covariance: Tensor
@@ -105,10 +107,12 @@ class IADAHead(nn.Linear):
         options = {"dtype": dtype, "device": self.weight.device}
         num_classes, num_features = self.out_features, self.in_features
         shapes = {"class_count": (num_classes,), "class_mean": (num_classes, num_features), "log_prior": (num_classes,)}
-        shapes |= covariance_shapes(covariance, num_classes, num_features, rank)
+        form = covariance_form(covariance, num_classes, num_features, rank)
+        shapes |= form.shapes(num_classes, num_features, rank)
         for name in BUFFERS:
             buffer = torch.zeros(shapes[name], **options) if name in shapes else None
             self.register_buffer(name, buffer, persistent=False)
+        self.covariance_form = form.name
         if class_counts is not None:
             self.set_class_counts(class_counts)
 
@@ -143,9 +147,9 @@ class IADAHead(nn.Linear):
 
     @property
     def class_covariance(self) -> Covariance:
-        """Covariances of all classes in the form that functions take: the buffer, or a `LowRank` of the two buffers."""
-        factor = self.covariance_factor
-        return self.covariance if factor is None else LowRank(self.covariance, factor)
+        """Covariances of all classes in the form that functions take; its tensors are the buffers themselves."""
+        form = COVARIANCES[self.covariance_form]
+        return form(*(getattr(self, name) for name in form.buffers))
 
     def update_statistics(
         self, features: Tensor, labels: Tensor, *, means_only: bool = False, weight: Tensor | None = None
@@ -173,7 +177,7 @@ class IADAHead(nn.Linear):
 
     def feature_std(self) -> Tensor:
         """Root mean variance of each class's features: ``[C]``."""
-        return variances(self.class_covariance).mean(dim=1).clamp_min(0).sqrt()
+        return self.class_covariance.variances().mean(dim=1).clamp_min(0).sqrt()
 
     def iada_logits(
         self,

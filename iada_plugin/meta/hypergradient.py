@@ -16,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional.covariance import Covariance, LowRank, present_classes, take
+from ..functional.covariance import Covariance, as_covariance, present_classes
 from ..functional.logits import direction_and_scale
-from ..functional.variance import class_variance_term, covariance_gradient, low_rank_gradient, variance_tangent
 
 
 class HeadTangent(NamedTuple):
@@ -67,7 +66,7 @@ def head_problem(layer: HeadTangent, labels: Tensor, fixed_shift: bool = False, 
 
 @torch.no_grad()
 def head_hypergradient(
-    problem: HeadProblem, epsilon: Tensor, covariance: Covariance, log_prior: Tensor, alpha: float, beta: float
+    problem: HeadProblem, epsilon: Tensor, covariance: Tensor | Covariance, log_prior: Tensor, alpha: float, beta: float
 ) -> tuple[Tensor, Covariance | None]:
     """``d/d(eps, Sigma)`` of the directional derivative of the mean IADA loss along a tangent; closed form.
 
@@ -79,8 +78,7 @@ def head_hypergradient(
         alpha, beta: weights of the variance and prior terms.
 
     Returns:
-        ``[N]`` for epsilon; for the covariances of ``problem.classes`` ``[U, H, H]`` or ``[U, H]``, or a `LowRank` of the
-        gradient's diagonal and its product with the factor, ``None`` with ``alpha = 0``.
+        ``[N]`` for epsilon; for the covariances of ``problem.classes``, in their form, ``None`` with ``alpha = 0``.
     """
     weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot = problem
     n = labels.numel()
@@ -89,9 +87,9 @@ def head_hypergradient(
         logits_dot = logits_dot + epsilon[:, None] * push_dot
     own: Covariance | None = None
     if alpha != 0:
-        own = take(covariance, classes)
-        logits = logits + alpha * class_variance_term(weight, classes, own)[inverse]
-        logits_dot = logits_dot + alpha * variance_tangent(weight, weight_dot, classes, own)[inverse]
+        own = as_covariance(covariance).take(classes)
+        logits = logits + alpha * own.variance_term(weight, classes)[inverse]
+        logits_dot = logits_dot + alpha * own.variance_tangent(weight, weight_dot, classes)[inverse]
     if beta != 0:
         logits = logits + beta * log_prior
     q = logits.softmax(dim=1)
@@ -107,8 +105,4 @@ def head_hypergradient(
     k, r = (
         q.new_zeros(classes.numel(), q.shape[1]).index_add_(0, inverse, t, alpha=alpha / n) for t in (q_dot, residual)
     )
-    full = not isinstance(own, LowRank) and own.dim() == 3
-    gradient = covariance_gradient(weight, classes, k, weight_dot, r, full=full)
-    if isinstance(own, LowRank):
-        return for_epsilon, LowRank(gradient, low_rank_gradient(weight, classes, own.factor, k, weight_dot, r))
-    return for_epsilon, gradient
+    return for_epsilon, own.gradient(weight, classes, k, weight_dot, r)

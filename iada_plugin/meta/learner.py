@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import IADAConfig
-from ..functional.covariance import Covariance, LowRank, plain_step, present_classes, put, relative_step, take
+from ..functional.covariance import present_classes
 from ..functional.logits import direction_and_scale
 from ..head.layer import IADAHead
 from ..perturbation.log import EpsilonLog
@@ -138,7 +138,7 @@ class MetaLearner:
     def _snapshot(self, classes: Tensor) -> Callable[[], None]:
         """What puts Omega, its optimizer and the covariances of ``classes`` back as they are now."""
         network = [t.clone() for t in self._network_state()]
-        rows = take(self.head.class_covariance, classes)
+        rows = self.head.class_covariance.take(classes)
 
         @torch.no_grad()
         def undo() -> None:
@@ -146,7 +146,7 @@ class MetaLearner:
                 self.meta_optimizer.state.clear()
             for tensor, old in zip(self._network_state(), network, strict=True):
                 tensor.copy_(old)
-            put(self.head.class_covariance, classes, rows)
+            self.head.class_covariance.put(classes, rows)
 
         return undo
 
@@ -159,25 +159,15 @@ class MetaLearner:
             problem, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta
         )
         fine = fine & torch.isfinite(for_epsilon).all()
-        parts = for_covariance if isinstance(for_covariance, LowRank) else (for_covariance,)
-        for values in parts:
-            if values is not None:
-                fine = fine & torch.isfinite(values).all()
+        if for_covariance is not None:
+            fine = fine & for_covariance.isfinite()
         # d meta / d(eps, Sigma) is -eta times what was computed.
         with torch.enable_grad():
             self.step_network(-(epsilon * (for_epsilon * size)).sum(), fine)
         if for_covariance is not None and config.covariance_lr > 0:
-            own = take(head.class_covariance, problem.classes)
-            moved: Covariance
-            if isinstance(for_covariance, LowRank):
-                moved = relative_step(own, LowRank(*(-t for t in for_covariance)), config.covariance_lr)
-                moved = LowRank(*(torch.where(fine, new, old) for new, old in zip(moved, own, strict=True)))
-            else:
-                step = relative_step if config.covariance_step == "relative" else plain_step
-                scale = 1.0 if config.covariance_step == "relative" else eta
-                down = torch.where(fine, -scale * for_covariance, 0)  # eigenvalues of a NaN are an error
-                moved = torch.where(fine, step(own, down, config.covariance_lr), own)  # type: ignore[arg-type, operator]
-            put(head.class_covariance, problem.classes, moved)
+            scale = 1.0 if config.covariance_step == "relative" else eta
+            down = for_covariance.scaled(-scale).zero_unless(fine)  # eigenvalues of a NaN are an error
+            head.class_covariance.move(config.covariance_step, problem.classes, down, config.covariance_lr, fine)
         return fine
 
     def step_network(self, objective: Tensor, fine: Tensor) -> None:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..functional.covariance import Covariance, LowRank, take
+from ..functional.covariance import Covariance, as_covariance
 from ..perturbation.network import PerturbationNetwork
 
 
 @torch.no_grad()
-def eigenvalues(covariance: Covariance, c: int) -> np.ndarray:
+def eigenvalues(covariance: torch.Tensor | Covariance, c: int) -> np.ndarray:
     """Of class ``c``'s covariance, largest first: ``[H]``; ``covariance`` is of all classes, in any form."""
-    row = take(covariance, torch.tensor([c], device=covariance[0].device))
-    if not all(bool(part.isfinite().all()) for part in (row if isinstance(row, LowRank) else (row,))):
+    covariance = as_covariance(covariance)
+    row = covariance.take(torch.tensor([c], device=covariance.tensors[0].device))
+    if not bool(row.isfinite()):
         return np.zeros(0)  # float32 ran over; what trains on it says so
-    if isinstance(row, LowRank):
-        matrix = torch.diag(row.diagonal[0]) + row.factor[0] @ row.factor[0].T
-        values = torch.linalg.eigvalsh(matrix)
-    else:
-        values = torch.linalg.eigvalsh(row[0]) if row.dim() == 3 else row[0].sort().values
-    return values.flip(0).clamp_min(0).cpu().double().numpy()
+    return row.eigenvalues()[0].flip(0).clamp_min(0).cpu().double().numpy()
 
 
 def explain(

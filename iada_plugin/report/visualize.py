@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..functional.covariance import Covariance, LowRank, present_classes, take
+from ..functional.covariance import Covariance, as_covariance
 from ..functional.labels import check_labels
 from ..perturbation.characteristics import compute_characteristics
 from ..runtime.batches import split_batch
@@ -75,7 +75,7 @@ def augment_features(
 
 
 @torch.no_grad()
-def sample_noise(covariance: Covariance, labels: Tensor, draws: int, *, seed: int = 0) -> Tensor:
+def sample_noise(covariance: Tensor | Covariance, labels: Tensor, draws: int, *, seed: int = 0) -> Tensor:
     """Draws from N(0, Sigma_y) for each label: ``[N, draws, H]``.
 
     Args:
@@ -84,25 +84,15 @@ def sample_noise(covariance: Covariance, labels: Tensor, draws: int, *, seed: in
         draws: for each label.
         seed: of the draws.
     """
-    reference = covariance.diagonal if isinstance(covariance, LowRank) else covariance
+    covariance = as_covariance(covariance)
+    reference = covariance.tensors[0]
     generator = torch.Generator().manual_seed(seed)
 
     def normal(width: int) -> Tensor:
         numbers = torch.randn(len(labels), draws, width, generator=generator, dtype=reference.dtype)
         return numbers.to(reference.device)
 
-    if isinstance(covariance, LowRank):
-        own = take(covariance, labels)
-        assert isinstance(own, LowRank)
-        wide = own.diagonal.clamp_min(0).sqrt()[:, None] * normal(reference.shape[1])
-        return wide + normal(own.factor.shape[2]) @ own.factor.mT
-    numbers = normal(reference.shape[1])
-    if covariance.dim() == 2:
-        return covariance[labels].clamp_min(0).sqrt()[:, None] * numbers
-    classes, inverse = present_classes(labels.cpu(), len(covariance))
-    values, vectors = torch.linalg.eigh(covariance[classes.to(covariance.device)])
-    root = vectors * values.clamp_min(0).sqrt()[:, None, :]  # root root^T = Sigma
-    return torch.stack([numbers[i] @ root[c].T for i, c in enumerate(inverse.tolist())])
+    return covariance.sample(labels, normal)
 
 
 @torch.no_grad()

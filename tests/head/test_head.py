@@ -7,7 +7,7 @@ from models import ConvNet
 from torch import nn
 
 from iada_plugin import IADAHead
-from iada_plugin.functional.covariance import FULL_COVARIANCE_BUDGET, covariance_shapes
+from iada_plugin.functional.covariance import COVARIANCES, FULL_COVARIANCE_BUDGET, covariance_form
 from iada_plugin.head import convert_to_iada, find_classifier, restore_linear
 
 
@@ -122,13 +122,29 @@ def test_copies_and_pickles_do_not_drag_the_engine_along():
 
 
 def test_automatic_covariance_follows_the_budget():
-    assert covariance_shapes("auto", 100, 64, 8) == {"covariance": (100, 64, 64)}
-    assert covariance_shapes("auto", 1000, 2048, 8) == {"covariance": (1000, 2048)}
+    def form(*arguments):
+        return covariance_form(*arguments).name
+
+    assert form("auto", 100, 64, 8) == "full" and form("auto", 1000, 2048, 8) == "diagonal"
     edge = int((FULL_COVARIANCE_BUDGET / 4) ** 0.5)
-    assert covariance_shapes("auto", 1, edge, 8) == {"covariance": (1, edge, edge)}
-    assert covariance_shapes("auto", 1, edge + 1, 8) == {"covariance": (1, edge + 1)}
+    assert form("auto", 1, edge, 8) == "full" and form("auto", 1, edge + 1, 8) == "diagonal"
+    assert form("full", 1000, 2048, 8) == "full" and form("low_rank", 3, 9, 8) == "low_rank"
     with pytest.raises(ValueError, match="'low'"):
-        covariance_shapes("low", 3, 3, 8)
+        form("low", 3, 3, 8)
+    with pytest.raises(ValueError, match="covariance_rank=8 must be from 1 to 7"):
+        form("low_rank", 3, 8, 8)
+
+
+@pytest.mark.parametrize("covariance", [*COVARIANCES])
+def test_the_buffers_are_the_covariances_of_the_form(covariance):
+    head = IADAHead(6, 4, covariance=covariance, covariance_rank=2)
+    form = head.class_covariance
+    assert head.covariance_form == form.name == covariance
+    assert {n: getattr(head, n).shape for n in form.buffers} == form.shapes(4, 6, 2)
+    assert (head.covariance_factor is None) == (covariance != "low_rank")
+    rows = form.take(torch.tensor([1]))
+    form.put(torch.tensor([1]), COVARIANCES[covariance](*(t + 1 for t in rows)))
+    assert head.covariance[1].all() and not head.covariance[0].any()
 
 
 def test_class_counts():
