@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,16 @@ class IADAConfig:
         ValueError: naming the first setting that is out of range, and its range.
     """
 
-    alpha: float = _setting(
-        0.5, "Weight of the variance term; 0 switches it off. Sensible: 0.25 to 0.75 (tune over 0.1 to 1)."
+    alpha: float | None = _setting(
+        None,
+        "Weight of the variance term; 0 switches it off. Sensible: 0.25 to 0.75 (tune over 0.1 to 1). Default: 0.5; 0 with trusted"
+        " rows.",
     )
     beta: float = _setting(1.0, "Weight of the class-prior term; 0 switches it off. Sensible: 0.75 to 1.25.")
-    warmup_ratio: float = _setting(
-        0.8, "Share of the run that is warm-up, without perturbation (0.8: training from scratch)."
+    warmup_ratio: float | None = _setting(
+        None,
+        "Share of the run that is warm-up, without perturbation. Default: 0.8; with trusted rows the warm-up ends one epoch after the"
+        " rows that are kept are fitted (training accuracy over 95 % in an epoch), if ever: before, perturbations do harm.",
     )
     warmup_epochs: float | None = _setting(
         None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."
@@ -83,6 +87,17 @@ class IADAConfig:
     virtual_lr: float | None = _setting(
         None, "Learning rate eta_1 of the virtual SGD step (default: the optimizer's current one)."
     )
+    objective: str | None = _setting(
+        None,
+        "What the meta gradient of epsilon is of: 'loss' (the paper) or 'pull' (the loss per unit of pull, over the whole range of"
+        " epsilon: a larger step on all samples alike is no gain). Default: 'loss'; 'pull' with trusted rows.",
+    )
+    gate: str = _setting(
+        "local_fdr",
+        "Which rows are let go, judged by the trusted rows (only with those): 'local_fdr' (probably wrong labels, where there is"
+        " evidence of any), 'hard' (whose p-value is below gate_level), 'density_ratio', or 'none'.",
+    )
+    gate_level: float = _setting(0.2, "p-value below which a label is let go, where there is evidence of wrong ones.")
     epsilon_range: tuple[float, float] = _setting(
         (-1.0, 1.0),
         "Range of epsilon, which starts at 0, or in the middle of a range without 0 inside. (-1, 0): only letting go.",
@@ -126,9 +141,11 @@ class IADAConfig:
         except (TypeError, ValueError):
             raise ValueError(f"IADAConfig: epsilon_range={self.epsilon_range!r} must be (low, high).") from None
         self.epsilon_range = (low, high)
-        self._check("alpha", self.alpha >= 0, "at least 0")
+        self._check("alpha", self.alpha is None or self.alpha >= 0, "None or at least 0")
         self._check("beta", self.beta >= 0, "at least 0")
-        self._check("warmup_ratio", 0 <= self.warmup_ratio < 1, "in [0, 1), such as 0.8 for 80 %")
+        wanted = "None or in [0, 1), such as 0.8 for 80 %"
+        self._check("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, wanted)
+        self._check("gate_level", 0 < self.gate_level < 1, "in (0, 1), such as 0.2")
         self._check("warmup_epochs", self.warmup_epochs is None or self.warmup_epochs >= 0, "None or at least 0")
         for name in ("meta_every", "covariance_rank", "meta_batch_size"):
             count, optional = getattr(self, name), name in _NUMBERS_OR_NONE
@@ -172,6 +189,10 @@ class IADAConfig:
             "fixed_shift": False,
             "prior_in_warmup": False,
             "covariance_step": "plain",
+            "alpha": 0.5,
+            "warmup_ratio": 0.8,
+            "objective": "loss",
+            "gate": "none",
             "schedule": "lookahead",
             "meta_every": 1,
             "meta_momentum": 0.0,
@@ -187,13 +208,21 @@ class IADAConfig:
         """
         return cls(**{"warmup_epochs": 1, **settings})
 
+    def resolved(self, trusted: bool) -> IADAConfig:
+        """With a value for each setting whose default depends on whether there are trusted rows."""
+        chosen = {"alpha": 0.0 if trusted else 0.5, "objective": "pull" if trusted else "loss"}
+        if not trusted:
+            chosen["warmup_ratio"] = 0.8
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
+
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON types."""
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
 
     def changed(self) -> dict[str, Any]:
         """Settings that are not the default."""
-        return {k: v for k, v in self.to_dict().items() if getattr(self, k) != self.__dataclass_fields__[k].default}
+        defaults = [type(self)(), *(type(self)().resolved(trusted) for trusted in (False, True))]
+        return {k: v for k, v in self.to_dict().items() if all(getattr(self, k) != getattr(d, k) for d in defaults)}
 
     @classmethod
     def of(cls, config: IADAConfig | None) -> IADAConfig:
@@ -207,13 +236,15 @@ class IADAConfig:
         return cls() if config is None else config
 
 
-_NUMBERS_OR_NONE = ("warmup_epochs", "meta_momentum", "meta_batch_size", "virtual_lr")
+_NUMBERS_OR_NONE = ("alpha", "warmup_ratio", "warmup_epochs", "meta_momentum", "meta_batch_size", "virtual_lr")
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
     "covariance": ("auto", *COVARIANCES),
     "hypergradient": ("finite_difference", "forward", "head"),
     "schedule": ("lookahead", "online"),
     "memory": ("fast", "low"),
+    "objective": (None, "loss", "pull"),
+    "gate": ("none", "hard", "local_fdr", "density_ratio"),
     "on_failure": ("skip", "stop"),
     "perturbation_scale": ("unit", "margin"),
 }

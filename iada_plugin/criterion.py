@@ -12,21 +12,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from .config import IADAConfig
+from .data.trusted import check_trusted_rows
 from .functional.labels import check_labels, is_soft
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .meta.learner import MetaLearner, mean_loss
 from .meta.schedules import SCHEDULES
 from .meta.tangents import TANGENTS
 from .perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
+from .perturbation.reference import TrustedReference
 from .runtime import state
-from .runtime.batches import MetaBatches
+from .runtime.batches import MetaBatches, meta_dataloader
 from .runtime.capture import Capture, Forward
 from .runtime.checks import check_denominator, check_processes, unwrap_model, unwrap_optimizer, zero_groups
 from .runtime.failures import Failures
 from .runtime.labels import labels_of, require_all_classes
 from .runtime.processes import global_mean, on_any_process
+from .runtime.row_ids import check_rows
 from .runtime.sharding import is_fsdp, tie
 from .statistics import Statistics
 from .step import Columns, Step
@@ -57,8 +61,13 @@ class MetaIADA(nn.Module):
             `IADAHead` (an existing one is used as it is).
         optimizer: the optimizer that trains it; one in Accelerate's wrapper is fine.
         meta_loader: yields clean, balanced batches ``(input, target)`` or dicts with "labels"; cycled endlessly. One is run
-            through the model at once, to see whether it can be.
-        class_counts: ``[C]`` training samples per class for the prior. ``None``: counted during warm-up.
+            through the model at once, to see whether it can be. With trusted rows: by default a loader over these.
+        train_set: the training set, where there are ``trusted_rows``: map-style, of ``(input, target)`` or dicts.
+        trusted_rows: row numbers in ``train_set``, or a mask ``[R]``, of the samples whose label was checked. They are trained along
+            with the rest, and show what a right label looks like: from their margins follows which rows are let go
+            (``gate``). Each call then needs ``ids``.
+        class_counts: ``[C]`` training samples per class for the prior. ``None``: read from ``train_set``, or counted during
+            warm-up.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: length of the run. Without it ``warmup_ratio`` has no meaning and, unless ``warmup_epochs`` is set, the
             warm-up is one epoch, with a warning.
@@ -96,8 +105,10 @@ class MetaIADA(nn.Module):
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        meta_loader: Iterable[Any],
         steps_per_epoch: int,
+        meta_loader: Iterable[Any] | None = None,
+        train_set: Any = None,
+        trusted_rows: Any = None,
         class_counts: Sequence[float] | Tensor | None = None,
         epochs: float | None = None,
         config: IADAConfig | None = None,
@@ -105,7 +116,7 @@ class MetaIADA(nn.Module):
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
         super().__init__()
-        self.config = config = IADAConfig.of(config)
+        self.config = config = IADAConfig.of(config).resolved(trusted_rows is not None)
         check_processes()
         self.model, *compiled = unwrap_model(model)
         self.optimizer = unwrap_optimizer(optimizer)
@@ -126,6 +137,9 @@ class MetaIADA(nn.Module):
         SCHEDULES[config.schedule].check(self.model, config)
         self._parameters_moved = list(parameters.values())
         self._trainable = [p.requires_grad for p in self.model.parameters()]
+        self.reference, meta_loader, class_counts = self._begin_trusted(
+            linear, meta_loader, train_set, trusted_rows, class_counts, epochs
+        )
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
         self._begin_head(linear)
         try:
@@ -167,6 +181,8 @@ class MetaIADA(nn.Module):
             "warmup": self.warmup,
             "progress": _Progress(self),
         }
+        if self.reference is not None:
+            self.parts["trusted"] = self.reference
         self._step_hook = self.optimizer.register_step_post_hook(
             lambda *_: None if (iada := own()) is None else iada._after_optimizer_step()
         )
@@ -176,10 +192,55 @@ class MetaIADA(nn.Module):
         self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *buffers]  # type: ignore[assignment]
         kept = [t for t in (self.head.covariance, self.head.covariance_factor) if t is not None]
         logger.info(
-            "Meta-IADA on %s of %s: warm-up for %d steps, then a meta step every %d; class covariances %s, %.1f MB",
-            *(self.classifier_name, type(self.model).__name__, self.warmup.steps, config.meta_every),
+            "Meta-IADA on %s of %s: warm-up %s, then a meta step every %d; class covariances %s, %.1f MB",
+            *(self.classifier_name, type(self.model).__name__),
+            *(
+                "until the training set is fitted" if self.warmup.open else f"for {self.warmup.steps} steps",
+                config.meta_every,
+            ),
             *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
         )
+
+    def _begin_trusted(
+        self,
+        linear: nn.Linear,
+        meta_loader: Iterable[Any] | None,
+        train_set: Any,
+        trusted_rows: Any,
+        class_counts: Sequence[float] | Tensor | None,
+        epochs: float | None,
+    ) -> tuple[TrustedReference | None, Iterable[Any], Sequence[float] | Tensor | None]:
+        """The reference, the loader of meta batches, and the class counts."""
+        config = self.config
+        if trusted_rows is None:
+            if meta_loader is None:
+                raise ValueError(
+                    "Meta-IADA needs samples with right labels: pass trusted_rows=, rows of the training set (with train_set=), or"
+                    " meta_loader=."
+                )
+            return None, meta_loader, class_counts
+        if train_set is None or not hasattr(train_set, "__len__"):
+            raise ValueError(
+                "trusted_rows are rows of the training set: pass it as train_set=, map-style (a streamed one has no row numbers; load"
+                " it, or use meta_loader= without trusted rows)."
+            )
+        labels, num_classes = labels_of(train_set), linear.out_features
+        rows = check_trusted_rows(trusted_rows, len(train_set), labels, num_classes)
+        if class_counts is None and labels is not None:
+            class_counts = torch.bincount(labels.long(), minlength=num_classes)
+        if meta_loader is None:
+            size = config.meta_batch_size or 64
+            meta_loader = meta_dataloader(Subset(train_set, rows.tolist()), size, config.seed)
+        reference = TrustedReference(
+            rows,
+            len(train_set),
+            gate=config.gate,
+            level=config.gate_level,
+            steps_per_epoch=self.steps_per_epoch,
+            epochs=epochs,
+            device=linear.weight.device,
+        )
+        return reference, meta_loader, class_counts
 
     def _begin_head(self, linear: nn.Linear) -> None:
         if "_converted_from" in vars(linear):
@@ -227,7 +288,8 @@ class MetaIADA(nn.Module):
             target: ``[N]`` class indices.
             denominator: divide the summed loss by this (number of samples in all micro-batches of the optimizer step)
                 instead of taking the mean.
-            ids: ``[N]`` row numbers of the samples in the training set, for a :class:`iada_plugin.Report`.
+            ids: ``[N]`` row numbers of the samples in the training set: needed with trusted rows, and for a
+                :class:`iada_plugin.Report`.
 
         Returns:
             Scalar.
@@ -294,18 +356,46 @@ class MetaIADA(nn.Module):
             )
         step = self._step
         step.half = forward.autocast_dtype == torch.float16
+        if self.reference is not None and ids is None:
+            raise ValueError(
+                "with trusted rows each call needs the row numbers of its samples: iada(output, target, ids=rows). with_row_ids(dataset)"
+                " gives them with each batch."
+            )
         if is_soft(target, output):
             return self._soft_target_loss(output, target)
         check_labels(target, output.shape[0], output.shape[1], always=self.step == 0)
         target = target.long()
         if self.in_warmup:
-            samples = self.statistics.observe(
-                forward, target, characteristics=step.number >= self.warmup.statistics_start
-            )
-            loss = mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator)
-            step.add(samples)
+            watched = bool(self.observers) and self.reference is not None and self.reference.begun(step.number)
+            collects = watched or step.number >= self.warmup.statistics_start
+            samples = self.statistics.observe(forward, target, characteristics=collects)
+            weight = self._follow(samples, forward, target, ids)
+            loss = mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator, weight)
+            self._note(samples, torch.zeros_like(samples["loss"]) if watched else None, weight, forward, ids)
             return loss
         return self._augmented_loss(forward, target, denominator, ids)
+
+    def _follow(self, samples: Columns, forward: Forward, target: Tensor, ids: Tensor | None) -> Tensor | None:
+        """With trusted rows, what the histories learn goes to the ``samples``; the weight ``[N]`` of each in the loss."""
+        if self.reference is None or ids is None:
+            return None
+        check_rows(ids, len(target), self.reference.histories.num_rows)
+        ids = ids.to(target.device)
+        prior = self.statistics.log_prior() if self.config.beta != 0 else None
+        samples |= {"labels": target, **self.reference.observe(forward.logits, prior, target, ids)}  # type: ignore[arg-type]
+        return self.reference.weights(ids).to(forward.dtype)
+
+    def _note(
+        self, samples: Columns, epsilon: Tensor | None, weight: Tensor | None, forward: Forward, ids: Tensor | None
+    ) -> None:
+        """A micro-batch was trained with ``epsilon`` ``[N]``, at the lower end of its range where it was let go."""
+        seen = None
+        if epsilon is not None:
+            if weight is not None:
+                epsilon = torch.where(weight > 0, epsilon, min(self.config.epsilon_range))
+            self.epsilon = samples["epsilon"] = epsilon
+            seen = [(observer, observer.see(samples, forward.logits, ids)) for observer in self.observers]
+        self._step.add(samples, seen)
 
     def _augmented_loss(
         self, forward: Forward, target: Tensor, denominator: Tensor | float | None, ids: Tensor | None
@@ -314,6 +404,7 @@ class MetaIADA(nn.Module):
         step.augmented = True
         self.statistics.begin_augmentation()
         samples = self.statistics.observe(forward, target, characteristics=True)
+        weight = self._follow(samples, forward, target, ids)
         features: Tensor = forward.features  # type: ignore[assignment]
         if self._meta_step_due:
             if [p.requires_grad for p in self.model.parameters()] != self._trainable:
@@ -321,16 +412,13 @@ class MetaIADA(nn.Module):
                     "parameters were frozen or unfrozen (requires_grad) after MetaIADA was made: close() it and make a new"
                     " one, which can take over its state_dict()."
                 )
-            features = self._meta_step(forward, samples)
+            features = self._meta_step(forward, samples, weight)
         epsilon = self.learner.epsilon(samples["f"])
-        loss = self.learner.train_loss(features, target, epsilon, denominator)
-        samples["epsilon"] = epsilon
-        seen = [(observer, observer.see(samples, forward.logits, ids)) for observer in self.observers]
-        step.add(samples, seen)
-        self.epsilon = epsilon
+        loss = self.learner.train_loss(features, target, epsilon, denominator, weight)
+        self._note(samples, epsilon, weight, forward, ids)
         return loss
 
-    def _meta_step(self, forward: Forward, samples: Columns) -> Tensor:
+    def _meta_step(self, forward: Forward, samples: Columns, weight: Tensor | None) -> Tensor:
         """Update Omega and Sigma; the features ``[N, H]`` to take the loss of."""
         step, learner = self._step, self.learner
         labels, f = samples["labels"], samples["f"]
@@ -339,9 +427,10 @@ class MetaIADA(nn.Module):
             epsilon = learner.epsilon(f)
             probe, step.probe = step.probe, None
             tangent, probe = self.schedule.tangent(
-                forward, probe, lambda h: learner.train_loss(h, labels, epsilon), labels.numel(), step.number
+                *(forward, probe, lambda h: learner.train_loss(h, labels, epsilon, None, weight)),
+                *(labels.numel(), step.number),
             )
-            fine = learner.update(tangent, labels, f, step.on_abandon)
+            fine = learner.update(tangent, labels, f, step.on_abandon, weight)
             step.meta = tangent.meta_loss, fine
             step.average, step.gradient_fine = probe.average, probe.fine
             self.failures.made(fine)
@@ -402,7 +491,20 @@ class MetaIADA(nn.Module):
         with torch.autocast(self.capture.device.type, enabled=False):
             if step.meta is not None:
                 self.schedule.gradient.commit(step.average, step.gradient_fine, step.half)
-            step.commit((self.statistics, self.learner, *self.observers))
+            followers = () if self.reference is None else (self.reference,)
+            step.commit((*followers, self.statistics, self.learner, *self.observers))
+            if self.reference is not None and self.warmup.open and self.reference.fitted:
+                self._end_warmup(step.number + 1)
+
+    def _end_warmup(self, step: int) -> None:
+        """The training set is fitted: perturbations may help from now on."""
+        self.head.reset_statistics()
+        self.warmup.end_after(step)
+        logger.info(
+            "Meta-IADA: %.1f %% of the rows that are kept are predicted right at step %d: class statistics for one epoch, then"
+            " perturbations from step %d on.",
+            *(100 * self.reference.accuracy, step, self.warmup.steps),  # type: ignore[union-attr]
+        )
 
     def _throw_away(self) -> None:
         self._step.abandon()
@@ -425,8 +527,11 @@ class MetaIADA(nn.Module):
     def pop_metrics(self) -> dict[str, float]:
         """Averages since the last call: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio`` (share
         with epsilon > 0), ``iada/meta_loss``, the first and third per class where there are at most ten, and
-        ``iada/skipped_steps`` once there are any. Empty in warm-up."""
+        ``iada/skipped_steps`` once there are any. Empty in warm-up, but for ``iada/let_go``, the share of the rows that are let go
+        where there are trusted ones."""
         metrics = self.learner.log.pop()
+        if self.reference is not None:
+            metrics["iada/let_go"] = self.reference.let_go()
         if skipped := self.failures.check():
             metrics["iada/skipped_steps"] = float(skipped)
         return metrics
@@ -458,7 +563,7 @@ class MetaIADA(nn.Module):
 
     def close(self) -> None:
         """Remove the hooks and turn the classifier back into what it was. May be called twice."""
-        if self._calls and self.epsilon is None and not self._closed:
+        if self._calls and self.epsilon is None and not self._closed and self.reference is None:
             warnings.warn(
                 f"MetaIADA was closed before its first meta step: {self.step} optimizer steps were counted and the warm-up"
                 f" lasts {self.warmup.steps}. There was no perturbation in all of the training; check steps_per_epoch and epochs."

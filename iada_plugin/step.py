@@ -14,7 +14,7 @@ from .runtime.processes import gather_rows
 
 #: What is known of the samples of a micro-batch, one row each: ``labels`` always; from the time on that statistics are
 #: collected ``features`` [N, H], ``f`` [N, K], ``loss``, ``margin``, and in the end which of them are ``good``, finite (1 or 0); after
-#: the warm-up ``epsilon``.
+#: the warm-up ``epsilon``; with trusted rows, from the first step on, ``row`` and ``row_margin``.
 Columns = dict[str, Tensor]
 
 

@@ -10,9 +10,12 @@ from torch import Tensor
 from .config import IADAConfig
 from .runtime.checks import is_number
 
+#: A warm-up whose end is not known yet.
+OPEN = 2**62
+
 
 class WarmUp:
-    """The plan of a run.
+    """The plan of a run. Without a length in the settings the warm-up is open, until :meth:`end_after` sets its end.
 
     Args:
         config: settings.
@@ -36,16 +39,21 @@ class WarmUp:
         if epochs is not None and (not is_number(epochs) or epochs <= 0):
             raise ValueError(f"epochs={epochs!r} must be a positive number, the length of the run, or None.")
         total = None if epochs is None else round(epochs * steps_per_epoch)
+        if config.warmup_epochs is None and config.warmup_ratio is None:
+            self.steps = self.statistics_start = OPEN
+            self.steps_per_epoch = int(steps_per_epoch)
+            return
         if config.warmup_epochs is not None:
             self.steps = round(config.warmup_epochs * steps_per_epoch)
         elif total is not None:
-            self.steps = round(config.warmup_ratio * total)
+            self.steps = round(config.warmup_ratio * total)  # type: ignore[operator]
         else:
             self.steps = int(steps_per_epoch)
             warnings.warn(
                 "MetaIADA does not know how long the run is: the warm-up is one epoch, instead of warmup_ratio of the run. Pass"
                 " epochs=..., or IADAConfig(warmup_epochs=...), to choose it."
             )
+        self.steps_per_epoch = int(steps_per_epoch)
         epochs_set = config.warmup_epochs is not None
         setting = f"warmup_epochs (={config.warmup_epochs})" if epochs_set else f"warmup_ratio (={config.warmup_ratio})"
         if total is not None and self.steps >= total:
@@ -55,12 +63,23 @@ class WarmUp:
             )
         self.statistics_start = max(0, self.steps - int(steps_per_epoch))
 
+    @property
+    def open(self) -> bool:
+        """Whether the end is not known yet."""
+        return self.steps == OPEN
+
+    def end_after(self, step: int) -> None:
+        """Collect statistics for one epoch from ``step`` on; then the warm-up is over."""
+        self.statistics_start, self.steps = step, step + self.steps_per_epoch
+
     def postpone(self, step: int, total: int) -> None:
         """Collect statistics from ``step`` on, in a run of ``total`` steps that had none before.
 
         Raises:
             ValueError: no step with augmentation is left.
         """
+        if self.open:
+            return
         span = self.steps - self.statistics_start
         self.statistics_start = max(self.statistics_start, step)
         self.steps = max(self.steps, self.statistics_start + span)

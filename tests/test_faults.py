@@ -107,7 +107,7 @@ def places(run):
         "the meta pass": (schedule.gradient, "at_parameters"),
         "a layer in the meta pass": (run.model.block[0], "forward"),
         "Omega's step": (step.meta_optimizer, "step"),
-        "Sigma's step": (FullCovariance, "relative_step"),
+        "Sigma's step": (FullCovariance, "move"),
         "the head's hypergradient": (hg, "head_hypergradient"),
         "completing the tangent": (schedule.tangents, "complete"),
     }

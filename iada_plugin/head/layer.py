@@ -175,9 +175,11 @@ class IADAHead(nn.Linear):
         covariance = None if means_only else self.class_covariance
         update_class_statistics(self.class_count, self.class_mean, covariance, features, labels.long(), weight)
 
-    def feature_std(self) -> Tensor:
-        """Root mean variance of each class's features: ``[C]``."""
-        return self.class_covariance.variances().mean(dim=1).clamp_min(0).sqrt()
+    @torch.no_grad()
+    def reset_statistics(self) -> None:
+        """Forget the class means and covariances; the prior stays."""
+        for name in ("class_count", "class_mean", *self.class_covariance.buffers):
+            getattr(self, name).zero_()
 
     def iada_logits(
         self,

@@ -66,7 +66,13 @@ def head_problem(layer: HeadTangent, labels: Tensor, fixed_shift: bool = False, 
 
 @torch.no_grad()
 def head_hypergradient(
-    problem: HeadProblem, epsilon: Tensor, covariance: Tensor | Covariance, log_prior: Tensor, alpha: float, beta: float
+    problem: HeadProblem,
+    epsilon: Tensor,
+    covariance: Tensor | Covariance,
+    log_prior: Tensor,
+    alpha: float,
+    beta: float,
+    sample_weight: Tensor | None = None,
 ) -> tuple[Tensor, Covariance | None]:
     """``d/d(eps, Sigma)`` of the directional derivative of the mean IADA loss along a tangent; closed form.
 
@@ -76,6 +82,7 @@ def head_hypergradient(
         covariance: of all classes, in any form.
         log_prior: ``[C]``.
         alpha, beta: weights of the variance and prior terms.
+        sample_weight: ``[N]`` of the samples in the loss; 1 by default.
 
     Returns:
         ``[N]`` for epsilon; for the covariances of ``problem.classes``, in their form, ``None`` with ``alpha = 0``.
@@ -96,6 +103,8 @@ def head_hypergradient(
     residual = q.scatter_add(1, labels[:, None], -torch.ones_like(q[:, :1]))  # dL/dz = q - e_y
     # The tangent of q: (diag(q) - q q^T) z_dot.
     q_dot = q * (logits_dot - (q * logits_dot).sum(dim=1, keepdim=True))
+    if sample_weight is not None:
+        q_dot, residual = q_dot * sample_weight[:, None], residual * sample_weight[:, None]
     for_epsilon = (q_dot * push).sum(dim=1) / n
     if push_dot is not None:
         for_epsilon += (residual * push_dot).sum(dim=1) / n
@@ -106,3 +115,52 @@ def head_hypergradient(
         q.new_zeros(classes.numel(), q.shape[1]).index_add_(0, inverse, t, alpha=alpha / n) for t in (q_dot, residual)
     )
     return for_epsilon, own.gradient(weight, classes, k, weight_dot, r)
+
+
+@torch.no_grad()
+def pull_gradient(
+    problem: HeadProblem,
+    epsilon: Tensor,
+    ends: tuple[Tensor | float, Tensor | float],
+    covariance: Tensor | Covariance,
+    log_prior: Tensor,
+    alpha: float,
+    beta: float,
+    sample_weight: Tensor | None = None,
+) -> Tensor:
+    """What takes the place of :func:`head_hypergradient`'s first result where the loss is measured per unit of pull.
+
+    The meta gradient of a mean loss rewards a larger step: pulling harder at every sample always lowers the meta loss of one virtual
+    step. So with D_i the derivative of sample i's loss along the tangent, and P_i = 1 - q_iy its pull, what is differentiated is
+    sum D / sum P, which is blind to the size of the step. And since softmax saturates (the derivative vanishes for a wrong label of
+    which the model is certain) it is the secant over the whole range of epsilon: with d the difference between its ends,
+    ``g_i = dD_i - (sum D / sum P) dP_i``, over its root mean square.
+
+    Args:
+        problem, covariance, log_prior, alpha, beta, sample_weight: as there.
+        epsilon: ``[N]``, at which the two sums are taken.
+        ends: lowest and highest epsilon.
+
+    Returns:
+        ``[N]``, of mean square 1.
+    """
+    weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot = problem
+    if alpha != 0:
+        own = as_covariance(covariance).take(classes)
+        logits = logits + alpha * own.variance_term(weight, classes)[inverse]
+        logits_dot = logits_dot + alpha * own.variance_tangent(weight, weight_dot, classes)[inverse]
+    if beta != 0:
+        logits = logits + beta * log_prior
+
+    def at(e: Tensor | float) -> tuple[Tensor, Tensor]:
+        e = torch.as_tensor(e, dtype=logits.dtype, device=logits.device).expand(len(labels))[:, None]
+        z_dot = logits_dot if push_dot is None else logits_dot + e * push_dot
+        q = (logits + e * push).softmax(dim=1)
+        loss_dot = (q * z_dot).sum(dim=1) - z_dot.gather(1, labels[:, None]).squeeze(1)
+        pull = 1 - q.gather(1, labels[:, None]).squeeze(1)
+        return (loss_dot, pull) if sample_weight is None else (loss_dot * sample_weight, pull * sample_weight)
+
+    (low_dot, low_pull), (high_dot, high_pull) = at(ends[0]), at(ends[1])
+    loss, pull = high_dot - low_dot, high_pull - low_pull
+    g = loss - loss.sum() / pull.sum().clamp_min(1e-9) * pull
+    return g / g.square().mean().sqrt().clamp_min(1e-12)

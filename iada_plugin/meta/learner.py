@@ -22,8 +22,16 @@ from . import hypergradient as hg
 from .tangents import Tangent
 
 
-def mean_loss(logits: Tensor, labels: Tensor, denominator: Tensor | float | None) -> Tensor:
-    """Cross-entropy: the mean, or the sum over ``denominator``."""
+def mean_loss(
+    logits: Tensor, labels: Tensor, denominator: Tensor | float | None, sample_weight: Tensor | None = None
+) -> Tensor:
+    """Cross-entropy: the mean, or the sum over ``denominator``. A sample that is let go (``sample_weight`` ``[N]`` of 0) still
+    counts in the mean, so that nothing depends on how a batch is cut."""
+    if sample_weight is not None:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        # Not a product alone: what is let go may be infinite.
+        total = torch.where(sample_weight > 0, losses * sample_weight, 0).sum()
+        return total / (len(labels) if denominator is None else denominator)
     if denominator is None:
         return F.cross_entropy(logits, labels)
     return F.cross_entropy(logits, labels, reduction="sum") / denominator
@@ -52,6 +60,7 @@ class MetaLearner:
             self.perturbation.parameters(), lr=config.meta_lr, capturable=head.covariance.device.type == "cuda"
         )
         self.log = EpsilonLog(head.out_features)
+        self._sample_weight: Tensor | None = None  # of the batch that is learned from
 
     # ------------------------------------------------------------------------------------------------------ the loss
 
@@ -74,10 +83,15 @@ class MetaLearner:
         )
 
     def train_loss(
-        self, features: Tensor, labels: Tensor, epsilon: Tensor, denominator: Tensor | float | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+        denominator: Tensor | float | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """IADA loss of a batch: its mean, or its sum over ``denominator``."""
-        return mean_loss(self.logits(features, labels, epsilon), labels, denominator)
+        """IADA loss of a batch: its mean, or its sum over ``denominator``, of samples with a ``sample_weight`` ``[N]``."""
+        return mean_loss(self.logits(features, labels, epsilon), labels, denominator, sample_weight)
 
     @torch.no_grad()
     def displacement(self, logits: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
@@ -96,7 +110,12 @@ class MetaLearner:
 
     @torch.no_grad()
     def update(
-        self, tangent: Tangent, labels: Tensor, f: Tensor, on_abandon: Callable[[Callable[[], None]], None]
+        self,
+        tangent: Tangent,
+        labels: Tensor,
+        f: Tensor,
+        on_abandon: Callable[[Callable[[], None]], None],
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         """Eqs. 8 and 9 on the batch of all processes, so that every process takes the same step. What the passes gave holds for
         ``meta_every`` small steps, which go through the last layer only, so that sparser meta steps learn as much.
@@ -108,6 +127,7 @@ class MetaLearner:
             labels: ``[N]``.
             f: characteristics ``[N, K]``.
             on_abandon: takes what puts everything back.
+            sample_weight: ``[N]`` of the samples in the loss.
 
         Returns:
             Whether everything was finite, ``[]``.
@@ -119,9 +139,11 @@ class MetaLearner:
         bias, weight_dot, bias_dot = (
             None if t is None else t.to(dtype) for t in (own, tangent.weight_dot, tangent.bias_dot)
         )
-        features, features_dot, labels, f = gather_rows(
-            tangent.features.to(dtype), tangent.features_dot.to(dtype), labels, f
+        weights = [] if sample_weight is None else [sample_weight.to(dtype)]
+        features, features_dot, labels, f, *weights = gather_rows(
+            tangent.features.to(dtype), tangent.features_dot.to(dtype), labels, f, *weights
         )
+        self._sample_weight = weights[0] if weights else None
         weight_dot = torch.zeros_like(weight) if weight_dot is None else weight_dot
         layer = hg.HeadTangent(features, weight, bias, features_dot, weight_dot, bias_dot)
         on_abandon(self._snapshot(present_classes(labels, len(weight))[0]))
@@ -156,14 +178,20 @@ class MetaLearner:
         with torch.enable_grad():
             epsilon = self.perturbation(f)
         for_epsilon, for_covariance = hg.head_hypergradient(
-            problem, epsilon.detach() * size, head.class_covariance, head.log_prior, config.alpha, config.beta
+            problem,
+            epsilon.detach() * size,
+            head.class_covariance,
+            head.log_prior,
+            config.alpha,
+            config.beta,
+            self._sample_weight,
         )
         fine = fine & torch.isfinite(for_epsilon).all()
         if for_covariance is not None:
             fine = fine & for_covariance.isfinite()
         # d meta / d(eps, Sigma) is -eta times what was computed.
         with torch.enable_grad():
-            self.step_network(-(epsilon * (for_epsilon * size)).sum(), fine)
+            self.step_network(OBJECTIVES[config.objective](self, problem, epsilon, for_epsilon), fine)
         if for_covariance is not None and config.covariance_lr > 0:
             scale = 1.0 if config.covariance_step == "relative" else eta
             down = for_covariance.scaled(-scale).zero_unless(fine)  # eigenvalues of a NaN are an error
@@ -222,6 +250,33 @@ class MetaLearner:
                 entries.setdefault(int(index), {})[name] = value.clone()
         groups = self.meta_optimizer.state_dict()["param_groups"]
         self.meta_optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+
+def _loss_objective(learner: MetaLearner, problem: hg.HeadProblem, epsilon: Tensor, for_epsilon: Tensor) -> Tensor:
+    """The meta loss after the virtual step, to first order (Eq. 8)."""
+    return -(epsilon * (for_epsilon * learner.config.perturbation_size)).sum()
+
+
+def _pull_objective(learner: MetaLearner, problem: hg.HeadProblem, epsilon: Tensor, for_epsilon: Tensor) -> Tensor:
+    """The same per unit of pull, over the range of epsilon."""
+    config, head = learner.config, learner.head
+    size = config.perturbation_size
+    low, high = config.epsilon_range
+    g = hg.pull_gradient(
+        problem,
+        epsilon.detach() * size,
+        (low * size, high * size),
+        head.class_covariance,
+        head.log_prior,
+        config.alpha,
+        config.beta,
+        learner._sample_weight,
+    )
+    return -(epsilon * g).mean()
+
+
+#: What Omega's step goes down, by the setting ``objective``.
+OBJECTIVES = {"loss": _loss_objective, "pull": _pull_objective}
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 #: A class with so many trusted rows has p-values of its own; the others share theirs.
-LEAST_OF_A_CLASS = 20
+LEAST_OF_A_CLASS = 10
 _UNIT = 2**32
 #: What ``groups`` may be.
 GROUPS = ("pooled", "class", "auto")
@@ -37,7 +37,7 @@ def conformal_p_values(
         trusted: ``[T]`` numbers of the trusted rows, none twice.
         labels: ``[R]`` class indices, -1 where unknown (p = 1 then, unless pooled); needed for ``groups`` other than "pooled".
         groups: whom a row is compared with: all trusted rows ("pooled"), those of its class ("class"; without any p = 1), or those
-            of its class if they are 20 or more, else all of the classes with fewer ("auto").
+            of its class if they are 10 or more, else all of the classes with fewer ("auto").
         weights: ``[R]`` positive; row k counts as ``weights[k]`` instead of 1, in its own p-value too. See
             :func:`class_share_weights`.
 
@@ -107,6 +107,33 @@ def class_share_weights(labels: Tensor, trusted: Tensor) -> Tensor:
     train, reference = count.float()
     ratio = (train / train.sum().clamp_min(1)) / (reference.clamp_min(1) / reference.sum().clamp_min(1))
     return torch.where(known, ratio[labels], 1)
+
+
+def effective_number(labels: Tensor, trusted: Tensor, seen: Tensor) -> Tensor:
+    """Trusted rows that a mean of per-class distributions, weighted by the training set's class shares, is as good as: ``[]``.
+
+    ``1 / sum_c share_c^2 / n_c`` over the classes that have trusted rows; a thousand rows of one class say little of the others.
+
+    Args:
+        labels: ``[R]`` class indices, -1 where unknown.
+        trusted: ``[T]`` numbers of the trusted rows.
+        seen: ``[R]`` bool, which rows count.
+    """
+    size, counted = int(labels.max()) + 1, seen & (labels >= 0)
+    count = torch.zeros(2, max(size, 1), device=labels.device)
+    labels = labels.long().clamp_min(0)
+    count[0].index_add_(0, labels, counted.float())
+    count[1].index_add_(0, labels[trusted], counted[trusted].float())
+    train, reference = torch.where(count[1] > 0, count, 0)
+    share = train / train.sum().clamp_min(1)
+    return 1 / (share.square() / reference.clamp_min(1)).sum().clamp_min(1e-12)
+
+
+def wilson_bound(share: Tensor, n: Tensor, z: float = 1.645) -> Tensor:
+    """Upper confidence bound (Wilson, 1927) of shares ``[R]`` that were seen in ``n`` ``[]`` draws; 95 % one-sided by default."""
+    centre = share + z * z / (2 * n)
+    spread = z * (share * (1 - share) / n + z * z / (4 * n * n)).clamp_min(0).sqrt()
+    return ((centre + spread) / (1 + z * z / n)).clamp(max=1)
 
 
 def right_label_probability(p: Tensor, *, counted: Tensor | None = None, bins: int = 1000) -> Tensor:

@@ -12,7 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .conformal import GROUPS, class_share_weights, conformal_p_values, right_label_probability
+from .conformal import (
+    GROUPS,
+    class_share_weights,
+    conformal_p_values,
+    effective_number,
+    right_label_probability,
+    wilson_bound,
+)
 from .density_ratio import density_ratio
 from .histories import Histories
 
@@ -98,15 +105,27 @@ class HardGate(Gate):
 
 
 class LocalFdrGate(Gate):
-    """Keeps a row as far as its label is probably right; fully from a probability of ``1 - level`` on."""
+    """Lets rows go whose label is probably wrong, and where there are such rows at all, also those of a p-value below ``level``.
+
+    The p-values' null distribution is the trusted rows', which are few: each p-value is raised to its upper confidence bound (Wilson,
+    95 %) first. On right labels nothing stands out of that bound, and the gate has no effect at all; where labels are wrong it works
+    as the hard one does, without a share of them to be guessed.
+    """
+
+    #: A label that is right with at least this probability is kept.
+    probability = 0.8
+    #: Share of rows below it from which on there is evidence of wrong labels.
+    evidence = 0.01
 
     def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
-        """Probability that the label is right, over ``1 - level``, at most 1."""
+        """0 or 1."""
         p = self.p_values(score, trusted, labels)
-        probability = right_label_probability(
-            p, counted=torch.isfinite(score), bins=max(2, min(trusted.shape[0] + 1, 5000))
-        )
-        return (probability / (1 - self.level)).clamp(max=1)
+        seen = torch.isfinite(score)
+        others = seen.index_fill(0, trusted, False)
+        bound = wilson_bound(p, effective_number(labels, trusted, seen))
+        wrong = right_label_probability(bound, counted=others) < self.probability
+        found = (wrong & others).sum() > self.evidence * others.sum()
+        return 1 - (wrong | (found & (p < self.level))).to(score.dtype)
 
 
 class DensityRatioGate(Gate):

@@ -36,10 +36,17 @@ def gather_rows(*tensors: Tensor) -> list[Tensor]:
     differ between processes.
 
     Every process then computes on the same global batch, so results agree bit for bit on all ranks and equal those of
-    one process with that batch. Integers travel as the floating type of the others: exact below 2^24.
+    one process with that batch. Whole numbers travel by themselves, exactly.
     """
     if world_size() == 1:
         return list(tensors)
+    whole = [not t.is_floating_point() for t in tensors]
+    if any(whole) and not all(whole):
+        parts = {
+            kind: iter(gather_rows(*(t for t, w in zip(tensors, whole, strict=True) if w is kind)))
+            for kind in (True, False)
+        }
+        return [next(parts[w]) for w in whole]
     rows = tensors[0].shape[0]
     dtype = reduce(torch.promote_types, (t.dtype for t in tensors))
     packed = torch.cat([t.reshape(rows, -1).to(dtype) for t in tensors], dim=1)

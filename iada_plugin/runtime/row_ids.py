@@ -128,6 +128,24 @@ def with_row_ids(dataset: Any, *, in_target: bool = False) -> WithRowIds:
     return WithRowIds(dataset, in_target)
 
 
+def check_rows(ids: Any, n: int, num_rows: int) -> None:
+    """Row numbers are integers ``[n]`` below ``num_rows``; their range is looked at on a CPU only.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    integers = isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool
+    if not integers or ids.shape != (n,):
+        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"ids are {found}: pass the row numbers of the batch's {n} samples, integers [{n}].")
+    if ids.device.type == "cpu":
+        wrong = ids[(ids < 0) | (ids >= num_rows)]
+        if wrong.numel():
+            raise ValueError(
+                f"row {int(wrong[0])} is not in 0..{num_rows - 1}: ids are row numbers of the training set, which has {num_rows} rows."
+            )
+
+
 def split_target(target: Any) -> tuple[Any, Tensor | None]:
     """Labels ``[N]`` and row numbers ``[N]`` of a target ``[N, 2]`` of ``with_row_ids(dataset, in_target=True)``.
 

@@ -1,0 +1,112 @@
+"""The trusted rows of a run as its reference: histories of all rows, and what the gate makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .histories import Histories, adjusted_margin
+from .trusted import GATES
+
+#: Epochs after which the gate begins, or a third of a shorter run.
+GATE_START = 3
+#: The training set counts as fitted from this accuracy on, of the rows that are kept, over an epoch.
+FITTED = 0.95
+
+
+class TrustedReference:
+    """Follows each training row's margin, and once an epoch decides which rows are let go; 16 bytes a row.
+
+    Args:
+        rows: ``[T]`` numbers of the trusted rows.
+        num_rows: R, of the training set.
+        gate: name of the gate, or "none".
+        level: of the gate.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: length of the run, or ``None``.
+        device: where the state lives.
+
+    Attributes:
+        weight: ``[R]`` weight of each row in the loss, 0 for one that is let go.
+        histories: what became of each row so far.
+        accuracy: training accuracy of the kept rows in the last whole epoch, 0 before.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        num_rows: int,
+        *,
+        gate: str,
+        level: float,
+        steps_per_epoch: int,
+        epochs: float | None,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.steps_per_epoch = rows.to(device), steps_per_epoch
+        self.histories = Histories(num_rows, device=device)
+        start = GATE_START if epochs is None else max(1, min(GATE_START, int(epochs // 3)))
+        self.start = start * steps_per_epoch
+        self.gate = None if gate == "none" else GATES[gate](level, min_visits=min(2, start), groups="auto")
+        self.weight = torch.ones(num_rows, device=device)
+        self.accuracy = 0.0
+        self._fit = torch.zeros(2, device=device)  # kept samples of this epoch, and those that were predicted right
+
+    def observe(self, logits: Tensor, log_prior: Tensor | None, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
+        """Columns of a step: what the histories learn of a micro-batch with logits ``[N, C]``, labels and row numbers ``[N]``."""
+        return {"row": ids.long(), "row_margin": adjusted_margin(logits, log_prior, labels)}
+
+    def weights(self, ids: Tensor) -> Tensor:
+        """Weight ``[N]`` of each sample in the loss."""
+        return self.weight[ids.long()]
+
+    @torch.no_grad()
+    def commit(self, step: Any, samples: dict[str, Tensor]) -> None:
+        """Follow the samples of a step; at the end of an epoch, refresh the gate."""
+        if "row" not in samples:
+            return
+        rows, margin = samples["row"], samples["row_margin"]
+        self.histories.update(rows, margin, samples["labels"])
+        kept = self.weight[rows]
+        self._fit += torch.stack([kept.sum(), (kept * (margin > 0)).sum()])
+        following = step.number + 1
+        if following % self.steps_per_epoch == 0:
+            kept, right = self._fit.tolist()
+            self.accuracy = right / max(kept, 1.0)
+            self._fit.zero_()
+            if self.gate is not None and following >= self.start:
+                self.weight.copy_(self.gate.refresh(self.histories, self.rows))
+
+    def begun(self, step: int) -> bool:
+        """Whether the gate has been refreshed by that step."""
+        return step >= self.start
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the model fits the rows that are kept."""
+        return self.accuracy >= FITTED
+
+    def let_go(self) -> float:
+        """Share of the rows that are let go."""
+        return float((self.weight == 0).float().mean())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Histories, weights, and how well the model fits."""
+        found = {f"histories.{k}": v for k, v in self.histories.state_dict().items()}
+        return {
+            **found,
+            "weight": self.weight,
+            "fit": self._fit,
+            "accuracy": torch.tensor(self.accuracy, dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+        self.histories.load_state_dict(
+            {k.removeprefix("histories."): v for k, v in state.items() if k.startswith("histories.")}
+        )
+        self.weight.copy_(state["weight"])
+        self._fit.copy_(state["fit"])
+        self.accuracy = float(state["accuracy"])
