@@ -41,8 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import iada_plugin.meta.hypergradient as hg
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, Report
-from iada_plugin.functional.logits import direction_and_scale
 from iada_plugin.functional.covariance import variances
+from iada_plugin.functional.logits import direction_and_scale
 from iada_plugin.head import find_classifier
 from iada_plugin.perturbation.characteristics import BatchState, compute_characteristics
 from iada_plugin.perturbation.network import PerturbationNetwork
