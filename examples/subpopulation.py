@@ -105,7 +105,8 @@ def by_group(predictions, targets, groups, num_groups):
 
 
 def train(method, args, train_set, meta_set, val_set, val):
-    """The epoch of the best worst group on ``val_set``, whose labels and groups are ``val``; the report; the curve."""
+    """The model of the epoch with the best worst group on ``val_set``, whose labels and groups are ``val``; that epoch, the report
+    and the curve."""
     torch.manual_seed(args.seed)  # both methods start from the same weights
     counts = np.bincount(train_set.targets)
     model = make_model(args, train_set[0][0].shape[0], len(counts)).to(args.device)
@@ -123,12 +124,12 @@ def train(method, args, train_set, meta_set, val_set, val):
             config=IADAConfig(warmup_ratio=args.warmup_ratio, seed=args.seed),
         )  # fmt: skip
         # 2. Epochs of the warm-up must not be selected as its result.
-        first = math.ceil(args.warmup_ratio * args.epochs)
+        first = min(math.ceil(args.warmup_ratio * args.epochs), args.epochs - 1)
         # 3. A report, which looks on (needs Matplotlib).
         if importlib.util.find_spec("matplotlib"):
             digits = isinstance(train_set, Images)
             report = Report(iada, samples=train_set.images if digits else replace(train_set, transform=None))
-    curve, best, kept = [], -1.0, None
+    curve, best, selected, kept = [], -1.0, 0, None
     for epoch in (bar := tqdm(range(args.epochs), desc=NAMES[method])):
         model.train()
         total = 0.0
@@ -146,14 +147,14 @@ def train(method, args, train_set, meta_set, val_set, val):
             raise ValueError(f"the loss of {NAMES[method]} is {total} in epoch {epoch + 1}: lower --lr.")
         worst = float(np.nanmin(by_group(predict(model, val_set, args), *val, 4)))
         if epoch >= first and worst > best:
-            best, kept = worst, copy.deepcopy(model.state_dict())
+            best, selected, kept = worst, epoch + 1, copy.deepcopy(model.state_dict())
         log = {"epoch": epoch + 1, "loss": total / len(train_set), "worst group (validation)": worst}
         curve.append({**log, **(iada.pop_metrics() if iada else {})})
         bar.set_postfix(loss=f"{log['loss']:.3f}", worst=f"{worst:.2f}")
     model.load_state_dict(kept)
     if iada:
         iada.close()  # the classifier is a plain Linear again
-    return model, report, curve
+    return model, selected, report, curve
 
 
 def main():
@@ -189,7 +190,7 @@ def main():
     labels, groups = test_set.targets, test_set.groups
     for method in ["ce", "iada"] if args.method == "both" else [args.method]:
         val = val_set.targets[rest], val_set.groups[rest]
-        model, reports[method], curve = train(method, args, train_set, meta_set, Subset(val_set, rest), val)
+        model, selected, reports[method], curve = train(method, args, train_set, meta_set, Subset(val_set, rest), val)
         predictions[method] = predict(model, test_set, args)
         right, each = predictions[method] == labels, by_group(predictions[method], labels, groups, 4)
         weighted = weighted_group_accuracy(right, group_memberships(groups, 4), sizes)
@@ -199,7 +200,8 @@ def main():
             "average, weighted as in training": weighted,
         }
         metrics |= {f"{name} ({n} samples)": a for name, n, a in zip(names, sizes, each, strict=True)}
-        found[method] = {"metrics": {name: float(value) for name, value in metrics.items()}, "curve": curve}
+        metrics = {name: float(value) for name, value in metrics.items()}
+        found[method] = {"metrics": metrics, "selected epoch": selected, "curve": curve}
     print(f"\n{'test figures in %':<40}" + "".join(f"{NAMES[m]:>16}" for m in found))
     for key in found[method]["metrics"]:
         print(f"{key:<40}" + "".join(f"{100 * f['metrics'][key]:>16.1f}" for f in found.values()))
