@@ -19,7 +19,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ import baselines
 import numpy as np
 import torch
 from compare import scenarios as make
-from compare.cli import without_nan
 from compare.methods import Method, run_method, versions, with_overrides
-from compare.scenarios import Scenario
+from compare.scenarios import Scenario, Settings
 from scipy.stats import ttest_rel
 
 from iada_plugin import metrics
@@ -164,6 +163,15 @@ def machine(device: str) -> str:
     return f"{os.cpu_count()} CPU cores ({platform.machine()})"
 
 
+def without_nan(value: Any) -> Any:
+    """The same with ``None`` for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and value != value else value
+
+
 def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namespace) -> dict:
     on = machine(args.device)
     scenario = task.build(str(Path(args.data) / task.file), seed)
@@ -278,7 +286,9 @@ def render(size: str, folder: Path) -> str:
         own = [r for r in runs if r["scenario"] == name and "error" not in r]
         if not own:
             continue
-        if any(r["settings"] != own[0]["settings"] for r in own):
+        # A setting that has gone since a run was made (the loading of files) made no difference here.
+        settings = [{f.name: r["settings"].get(f.name) for f in fields(Settings)} for r in own]
+        if any(s != settings[0] for s in settings):
             raise SystemExit(f"error: the runs of {name} have different settings: repeat the older ones with --again.")
         rows = own[0]["rows"]
         text += ["", f"## {task.title}", "", *table(own, task), *intervals(own), "",

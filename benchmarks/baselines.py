@@ -165,7 +165,7 @@ class LISA:
     def __init__(self, run: Run) -> None:
         groups = run.train.groups
         x = run.train.x
-        if groups is None or groups.dim() == 2 or not isinstance(x, Tensor) or not x.is_floating_point():
+        if groups is None or groups.dim() == 2 or not x.is_floating_point():
             raise ValueError("LISA mixes images of groups 2 * label + attribute.")
         self.run, self.label, self.attribute = run, groups // 2, groups % 2
         self.rows = {g: (groups == g).nonzero().flatten() for g in range(4)}

@@ -1,6 +1,6 @@
 """Finding wrong labels: Meta-IADA's suspects against the loss of a plain run and against cleanlab, in the same run.
 
-    pip install cleanlab
+    pip install cleanlab  # for its own cut; its scores are computed here
     python benchmarks/suspects.py --data DATA --json benchmarks/results/suspects_cpu.json [--task flip1] [--seed 1]
     python benchmarks/suspects.py --render benchmarks/results/suspects_cpu.json
 
@@ -64,7 +64,7 @@ TASKS = {
         "cifar10n": Task("CIFAR-10N worst labels, ResNet-32, 60 epochs", {"kind": "worse_label"}, {}),
     },
     "tiny": {  # for the tests: digits
-        "flip1": Task("digits, flip1 noise 30 %", {"kind": "flip1", "rate": 0.3}, {"epochs": 12}),
+        "flip1": Task("digits, flip1 noise 30 %", {"kind": "flip1", "rate": 0.3}, {"epochs": 8}),
     },
 }  # fmt: skip
 
@@ -128,16 +128,21 @@ def out_of_sample(scenario: Scenario, settings: Settings, seed: int, device: str
     return found
 
 
-def cleanlab_scores(y: np.ndarray, probabilities: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """cleanlab's rankings, high for suspects, and the rows that it flags."""
-    from cleanlab.filter import find_label_issues
-    from cleanlab.rank import get_label_quality_scores
+def label_quality(y: np.ndarray, probabilities: np.ndarray) -> dict[str, np.ndarray]:
+    """cleanlab's label quality scores ``[N]``, low for suspects: p_y, and ``(p_y - max_{j != y} p_j + 1) / 2``."""
+    own = probabilities[np.arange(len(y)), y]
+    others = np.where(np.arange(probabilities.shape[1]) == y[:, None], -np.inf, probabilities).max(axis=1)
+    return {"self confidence": own, "normalized margin": (own - others + 1) / 2}
 
-    scores = {
-        f"cleanlab, {name.replace('_', ' ')}": -get_label_quality_scores(y, probabilities, method=name)
-        for name in ("self_confidence", "normalized_margin")
-    }
-    return scores, find_label_issues(y, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
+
+def cleanlab_issues(y: np.ndarray, probabilities: np.ndarray) -> np.ndarray | None:
+    """The rows that cleanlab flags; ``None`` where it is not installed."""
+    if importlib.util.find_spec("cleanlab") is None:
+        print("cleanlab is not installed: its own cut is left out", file=sys.stderr)
+        return None
+    from cleanlab.filter import find_label_issues
+
+    return find_label_issues(y, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1)
 
 
 def run(name: str, task: Task, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -148,7 +153,7 @@ def run(name: str, task: Task, args: argparse.Namespace) -> list[dict[str, Any]]
     y, wrong = train.y.numpy(), (train.clean != train.y).numpy()
     rankings: dict[str, np.ndarray] = {}
     accuracy: dict[str, float] = {}
-    flagged: dict[str, np.ndarray] = {}
+    flagged: dict[str, np.ndarray | None] = {}
     iada = run_method(scenario, METHODS["iada"], settings=settings, seed=args.seed, device=args.device, report=True)
     report = iada.pop("report")
     suspects = sorted(report.suspects())  # by id
@@ -165,12 +170,10 @@ def run(name: str, task: Task, args: argparse.Namespace) -> list[dict[str, Any]]
         rankings[f"loss of cross-entropy{title}"] = losses
         accuracy[f"loss of cross-entropy{title}"] = found["metrics"]["accuracy"]
         predictions[f"cross-entropy{title}"] = found["predictions"]
-        if importlib.util.find_spec("cleanlab") is None:
-            print("cleanlab is not installed: left out", file=sys.stderr)
-            continue
-        scores, rows = cleanlab_scores(y, out_of_sample(scenario, settings, args.seed, args.device, add_meta))
-        rankings |= {f"{k}{title}": v for k, v in scores.items()}
-        flagged |= {f"{k}{title}": rows for k in scores}
+        probabilities = out_of_sample(scenario, settings, args.seed, args.device, add_meta)
+        rows = cleanlab_issues(y, probabilities)
+        for score, quality in label_quality(y, probabilities).items():
+            rankings[f"cleanlab, {score}{title}"], flagged[f"cleanlab, {score}{title}"] = -quality, rows
     if args.report:
         for title in ("cross-entropy", "Meta-IADA"):
             report.add_evaluation(title, predictions[title], scenario.test.y)

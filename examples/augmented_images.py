@@ -12,15 +12,35 @@ whose features are closest.
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from compare import scenarios
-from compare.loop import Batches
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from iada_plugin import IADAConfig, MetaIADA
+from iada_plugin import IADAConfig, MetaIADA, balanced_meta_split, meta_dataloader
+from iada_plugin.data import long_tail_subset, read_mnist
 from iada_plugin.report.visualize import augment_features, collect_features, decode, image_grid, nearest
+
+
+def load(folder: str | None, seed: int) -> dict[str, TensorDataset]:
+    """Digits of 16 x 16 pixels, or 300 of each of MNIST's, in units of their spread: training, meta and test set."""
+    if folder is None:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        x, y = torch.tensor(digits.images).float()[:, None], torch.tensor(digits.target)
+        x, order = F.interpolate(x, size=(16, 16)), np.random.default_rng(0).permutation(len(y))
+        (test_x, test_y), (x, y) = ((x[rows], y[rows]) for rows in (order[:360], order[360:]))
+    else:
+        parts = (map(torch.from_numpy, read_mnist(folder, train)) for train in (True, False))
+        (x, y), (test_x, test_y) = ((images[:, None].float(), digits) for images, digits in parts)
+    x, test_x = ((images - x.mean()) / x.std() for images in (x, test_x))
+    meta, rest = (torch.tensor(rows) for rows in balanced_meta_split(y, 10, seed=seed))
+    train = rest if folder is None else rest[long_tail_subset(y[rest], [300] * 10, seed=seed)]
+    return {"train": TensorDataset(x[train], y[train]), "meta": TensorDataset(x[meta], y[meta]),
+            "test": TensorDataset(test_x, test_y)}  # fmt: skip
 
 
 def make_classifier(size: int, num_classes: int, width: int = 32) -> nn.Module:
@@ -47,14 +67,15 @@ class Decoder(nn.Module):
         return self.layers(self.expand(h).view(len(h), -1, self.side, self.side))
 
 
-def train_classifier(scenario: scenarios.Scenario, epochs: int, seed: int) -> MetaIADA:
+def train_classifier(data: dict[str, TensorDataset], epochs: int, seed: int) -> MetaIADA:
     torch.manual_seed(seed)
-    model = make_classifier(scenario.train.x.shape[-1], scenario.num_classes)
+    x, y = data["train"].tensors
+    model = make_classifier(x.shape[-1], num_classes=10)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    loader = Batches(scenario.train, 64)
+    loader = DataLoader(data["train"], batch_size=64, shuffle=True)
     criterion = MetaIADA(
-        model, optimizer, meta_loader=Batches(scenario.meta, 64), class_counts=scenario.counts, steps_per_epoch=len(loader),
-        epochs=epochs, config=IADAConfig(warmup_ratio=0.5, seed=seed),
+        model, optimizer, meta_loader=meta_dataloader(data["meta"], 64, seed), class_counts=torch.bincount(y),
+        steps_per_epoch=len(loader), epochs=epochs, config=IADAConfig(warmup_ratio=0.5, seed=seed),
     )  # fmt: skip
     for _ in tqdm(range(epochs), desc="classifier"):
         model.train()
@@ -88,28 +109,28 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/augmented_images"))
     args = parser.parse_args()
-    scenario = scenarios.label_noise(args.data, kind="none", samples_per_class=300 if args.data else None, meta_per_class=10,
-                                     augment=False, seed=args.seed)  # fmt: skip
-    iada = train_classifier(scenario, args.epochs, args.seed)
-    train, test = scenario.train, scenario.test
-    bank, _ = collect_features(iada, Batches(train, 500, shuffle=False))
-    decoder = train_decoder(bank, train.x, args.decoder_epochs)
+    try:
+        data = load(args.data, args.seed)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    iada = train_classifier(data, args.epochs, args.seed)
+    (images, _), (test_images, test_labels) = data["train"].tensors, data["test"].tensors
+    bank, _ = collect_features(iada, DataLoader(data["train"], batch_size=500))
+    decoder = train_decoder(bank, images, args.decoder_epochs)
 
     # The test images closest to a boundary, one of each class: there a perturbation shows most.
-    looked_at = augment_features(iada, (test.x, test.y), epsilon=0.0)
+    looked_at = augment_features(iada, (test_images, test_labels), epsilon=0.0)
     margin = iada.head(looked_at.features).detach().softmax(1)
     top = margin.topk(2).values
-    margin = torch.where(margin.argmax(1) == test.y, top[:, 0] - top[:, 1], 1.0)
-    rows = torch.stack([torch.where(test.y == c, margin, 2.0).argmin() for c in range(scenario.num_classes)])[
-        : args.samples
-    ]
-    batch = (test.x[rows], test.y[rows])
+    margin = torch.where(margin.argmax(1) == test_labels, top[:, 0] - top[:, 1], 1.0)
+    rows = torch.stack([torch.where(test_labels == c, margin, 2.0).argmin() for c in range(10)])[: args.samples]
+    batch = (test_images[rows], test_labels[rows])
     adversarial = augment_features(iada, batch, epsilon=1.0, seed=args.seed)
     letting_go = augment_features(iada, batch, epsilon=-1.0, seed=args.seed)
-    columns = {"original": test.x[rows], "from h": decode(decoder, adversarial.features)}
+    columns = {"original": batch[0], "from h": decode(decoder, adversarial.features)}
     for name, found in (("adversarial", adversarial), ("anti-adversarial", letting_go)):
         columns[f"{name}:\nh + delta"] = decode(decoder, found.perturbed)
-        columns[f"{name}:\nnearest train image"] = train.x[nearest(found.perturbed, bank)[:, 0]]
+        columns[f"{name}:\nnearest train image"] = images[nearest(found.perturbed, bank)[:, 0]]
         columns[f"{name}:\nwith noise"] = decode(decoder, found.draws[:, 0])
     moved = {
         name: iada.head(found.perturbed).argmax(1).tolist() for name, found in (("+1", adversarial), ("-1", letting_go))

@@ -12,16 +12,17 @@ split is used once, at the end. Writes results.json, group_accuracy.png, the mod
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import logging
 import platform
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from compare.cli import parse_config
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -81,6 +82,21 @@ def parse_args() -> argparse.Namespace:
     if args.warmup_epochs is None:
         args.warmup_epochs = args.epochs / 2 if small else 1.0
     return args
+
+
+def parse_config(pairs: list[str]) -> dict:
+    """``["alpha=0.25", "epsilon_range=-1,0"]`` as settings of `IADAConfig`; an error where it has no such setting."""
+    known, config = [f.name for f in fields(IADAConfig)], {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in known or not text:
+            raise ValueError(f"--config {pair}: give NAME=VALUE with NAME one of {', '.join(known)}.")
+        try:
+            config[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            config[name] = text  # a word
+    IADAConfig(**config)
+    return config
 
 
 def load(args: argparse.Namespace) -> tuple[dict[str, Comments], Comments]:

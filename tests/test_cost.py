@@ -4,19 +4,17 @@ import importlib.util
 import json
 import sys
 
+import logits_cost
+import meter
 import pytest
+import step_cost
 import torch
 import torch.nn.functional as F
-from test_baselines import load
 
 from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
 from iada_plugin.meta import hypergradient as hg
 from iada_plugin.meta.difference import forward_tangent
-
-meter = load("meter")
-logits_cost = load("logits_cost")
-step_cost = load("step_cost")
 
 
 def test_peak_memory_counts_what_is_alive():

@@ -285,9 +285,8 @@ def strings(scope, nested):
 
 
 def messages():
-    """``{place: text}`` of every message of the package, recipes (which belong to the examples) left out."""
-    files = [p for p in sorted((ROOT / "iada_plugin").rglob("*.py")) if "recipes" not in p.parts]
-    trees = {path: ast.parse(path.read_text()) for path in files}
+    """``{place: text}`` of every message of the package."""
+    trees = {path: ast.parse(path.read_text()) for path in sorted((ROOT / "iada_plugin").rglob("*.py"))}
     shared = {}  # constants such as REENTRANT are imported by other modules
     for tree in trees.values():
         shared |= {name: value for name, value in strings(tree, nested=False).items() if name.isupper()}

@@ -1,4 +1,4 @@
-"""The pieces that the examples and the accuracy benchmark share: networks, a training loop, and the paper's scenarios.
+"""What the benchmarks compare methods with: networks, a training loop, and the paper's scenarios.
 
-Needs the ``examples`` extra. Nothing outside this folder depends on it.
+Imported as ``compare``, with this folder's parent on the path. Needs the ``examples`` extra; no part of the package.
 """

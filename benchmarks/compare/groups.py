@@ -1,4 +1,4 @@
-"""Images with groups as scenarios: Colored MNIST, Waterbirds, CelebA."""
+"""Images with groups as a scenario: Colored MNIST."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from iada_plugin.data import balanced_meta_split, colored_digits, read_celeba, read_mnist, read_waterbirds
+from iada_plugin.data import balanced_meta_split, colored_digits, read_mnist
 
-from .images import file_scenario, load_digits
+from .images import load_digits
 from .loop import Samples
 from .networks import create_network
 from .scenario import Scenario, Settings, group_scores
@@ -47,25 +47,3 @@ def colored_mnist(
         settings if data else replace(settings, batch_size=32), group_scores(4, splits["train"].groups),  # type: ignore[arg-type]
         lambda model: create_network(model, 2, 2), splits["val"].select(rest), keep_best=True,
     )  # fmt: skip
-
-
-def photographs(
-    data: str, *, dataset: str, meta_per_group: int = 20, image_size: int | None = None, seed: int = 0
-) -> Scenario:
-    """Waterbirds (Sagawa et al., 2020) or CelebA (Liu et al., 2015); meta set from the validation data, by group.
-
-    Args:
-        data: the data set's folder.
-        dataset: "waterbirds" or "celeba".
-        meta_per_group: of the four groups; half of a group that has no more than so many.
-        image_size: 224 by default.
-        seed: of the draw.
-    """
-    parts = {"waterbirds": read_waterbirds, "celeba": read_celeba}[dataset](data)
-    val = parts["val"]
-    meta, rest = balanced_meta_split(val.targets, meta_per_group, groups=val.groups, seed=seed, short="half")
-    settings = Settings("resnet50", 300 if dataset == "waterbirds" else 50, 128, lr=1e-3, weight_decay=1e-4,
-                        milestones=(), warmup_ratio=0.2)  # fmt: skip
-    score = group_scores(4, torch.from_numpy(parts["train"].groups))
-    return file_scenario(dataset, 2, parts["train"], val.select(meta), parts["test"], val.select(rest), image_size, settings,
-                          score, keep_best=True)  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from iada_plugin.data import (
-    ImageFiles,
     attribute_clusters,
     balanced_meta_split,
     glt_splits,
@@ -21,8 +19,6 @@ from iada_plugin.data import (
     long_tail_subset,
     noisy_labels,
     read_cifar,
-    read_glt,
-    read_image_list,
     read_mnist,
 )
 
@@ -69,7 +65,7 @@ def _image_scenario(name: str, x: Tensor, num_classes: int, data: str | None, au
     # Digits must not be mirrored. Four pixels in 32, as published.
     shift = crop_and_flip(max(1, x.shape[-1] // 8) if augment else 0, flip=x.shape[1] == 3)
     channels = x.shape[1]
-    names = CIFAR10_CLASSES if data and channels == 3 and num_classes == 10 else None
+    names = CIFAR10_CLASSES if data and channels == 3 and num_classes == 10 else None  # of the suspects' report
     return Scenario(
         name, num_classes, augment=shift, network=lambda model: create_network(model, num_classes, channels),
         class_names=names, **parts,
@@ -86,20 +82,17 @@ def long_tailed_images(
     image_size: int | None = None,
     seed: int = 0,
 ) -> Scenario:
-    """Long-tailed images (Cao et al., 2019; Liu et al., 2019).
+    """Long-tailed images (Cao et al., 2019).
 
     Args:
-        data: ``None`` for digits; a folder of CIFAR's Parquet files, or of MNIST's IDX files; a folder with ``*_train.txt`` and ``*_test.txt`` image
-            lists (ImageNet-LT, Places-LT, iNaturalist 2018).
-        imbalance_ratio: largest over smallest class (100; digits 20); for CIFAR and digits.
+        data: ``None`` for digits; a folder of CIFAR's Parquet files, or of MNIST's IDX files.
+        imbalance_ratio: largest over smallest class (100; digits 20).
         n_max: training samples of class 0, by default all.
         meta_per_class: taken from the training data before the tail is cut.
         val_per_class: balanced validation samples, from training data that the tail leaves unused.
         image_size: scale images to this many pixels.
         seed: of every draw.
     """
-    if data is not None and list(Path(data).glob("*_train.txt")):
-        return _image_lists(Path(data), meta_per_class, image_size, seed)
     x, y, test_x, test_y = _load_images(data, image_size)
     num_classes = int(y.max()) + 1
     meta, rest = balanced_meta_split(y, meta_per_class, seed=seed)
@@ -116,44 +109,6 @@ def long_tailed_images(
         "long_tail", x, num_classes, data, True,
         train=Samples(x[train], y[train]), meta=Samples(x[meta], y[meta]), test=Samples(test_x, test_y),
         val=None if val is None else Samples(x[val], y[val]), settings=settings, score=class_scores(counts),
-    )  # fmt: skip
-
-
-def _image_lists(folder: Path, meta_per_class: int, image_size: int | None, seed: int) -> Scenario:
-    parts = {}
-    for split in ("train", "val", "test"):
-        lists = sorted(folder.glob(f"*_{split}.txt"))
-        if lists:
-            parts[split] = read_image_list(lists[0], folder)
-    if "test" not in parts and "val" not in parts:
-        raise FileNotFoundError(f"{folder} has a *_train.txt but neither *_test.txt nor *_val.txt.")
-    test, val = (parts["test"], parts.get("val")) if "test" in parts else (parts["val"], None)  # iNaturalist: val only
-    num_classes = int(parts["train"].targets.max()) + 1
-    meta, rest = balanced_meta_split(parts["train"].targets, meta_per_class, seed=seed, short="half")
-    return file_scenario(
-        "long_tail", num_classes, parts["train"].select(rest), parts["train"].select(meta), test, val, image_size,
-        Settings("resnet50", 90, 256, meta_batch_size=64, config={"meta_lr": 1e-4} if num_classes > 5000 else {}),
-        class_scores(np.bincount(parts["train"].targets[rest], minlength=num_classes)),
-    )  # fmt: skip
-
-
-def file_scenario(
-    name: str, num_classes: int, train: ImageFiles, meta: ImageFiles, test: ImageFiles, val: ImageFiles | None,
-    image_size: int | None, settings: Settings, score: Any, keep_best: bool = False,
-) -> Scenario:  # fmt: skip
-    """Image files with timm's augmentation, at ``image_size`` (224) pixels; arguments as in `Scenario`."""
-    from timm.data import create_transform
-
-    def samples(files: ImageFiles | None, training: bool) -> Samples | None:
-        if files is None:
-            return None
-        transform = create_transform((3,) + (image_size or 224,) * 2, is_training=training)
-        groups = None if files.groups is None else torch.from_numpy(files.groups)
-        return Samples(replace(files, transform=transform), torch.from_numpy(files.targets), groups)
-
-    return Scenario(
-        name, num_classes, samples(train, True), samples(meta, True), samples(test, False), settings, score,  # type: ignore[arg-type]
-        lambda model: create_network(model, num_classes), samples(val, False), keep_best=keep_best,
     )  # fmt: skip
 
 
@@ -240,16 +195,13 @@ def generalized_long_tail(
     Attributes are KMeans clusters, six a class; the meta set holds two samples of each.
 
     Args:
-        data: ``None`` for digits, a folder of CIFAR's Parquet files (both clustered on their pixels), or an annotation
-            file of ImageNet-GLT or MSCOCO-GLT (its name says which training set it holds).
+        data: ``None`` for digits, or a folder of CIFAR's Parquet files; both are clustered on their pixels.
         protocol: "CLT", "GLT" or "ALT".
         imbalance_ratio: over classes (100; digits 10).
         n_max: training samples of class 0.
         image_size: scale images to this many pixels.
         seed: of every draw.
     """
-    if data is not None and str(data).endswith(".json"):
-        return _glt_files(data, protocol, image_size, seed)
     x, y, _, _ = _load_images(data, image_size)
     num_classes = int(y.max()) + 1
     small = F.adaptive_avg_pool2d(x, 8).flatten(1).numpy()
@@ -270,22 +222,4 @@ def generalized_long_tail(
         f"generalized_long_tail_{protocol}", x, num_classes, data, True,
         train=Samples(x[train], y[train], attributes[rows]), meta=Samples(x[meta], y[meta]),
         test=Samples(x[test], y[test], attributes[test_rows]), settings=settings, score=class_scores(counts),
-    )  # fmt: skip
-
-
-def _glt_files(path: str, protocol: str, image_size: int | None, seed: int) -> Scenario:
-    if (protocol == "ALT") != ("inter_bl" in Path(path).name):
-        raise ValueError(f"{Path(path).name} is not the annotation of {protocol}: ALT trains on ..._inter_bl.json, CLT and"
-                         " GLT on ..._inter_lt.json.")  # fmt: skip
-    parts = read_glt(path)
-    train, test = parts["train"], parts["test_bl" if protocol == "CLT" else "test_bbl"]
-    num_classes = int(train.targets.max()) + 1
-    # The training set's attributes are hidden from training, but the meta set is drawn over them, as in the paper.
-    cells = None if train.groups is None else train.targets * (int(train.groups.max()) + 1) + train.groups
-    meta, rest = balanced_meta_split(train.targets, 2, groups=cells, seed=seed, short="half")
-    counts = np.bincount(train.targets[rest], minlength=num_classes)
-    return file_scenario(
-        f"generalized_long_tail_{protocol}", num_classes, train.select(rest), train.select(meta), test, parts["val"],
-        image_size or 112, Settings("resnext50_32x4d", 100, 256, milestones=(0.6, 0.8), gamma=0.1, meta_batch_size=64),
-        class_scores(counts),
     )  # fmt: skip

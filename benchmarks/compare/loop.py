@@ -13,21 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from iada_plugin.data.images import ImageFiles
-
 
 @dataclass
 class Samples:
     """Labelled samples.
 
     Attributes:
-        x: ``[N, ...]`` images or padded word indices (integers, 0 is padding), or files to load images from.
+        x: ``[N, ...]`` images or padded word indices (integers, 0 is padding).
         y: ``[N]`` labels to train on.
         groups: ``[N]`` group of each sample, or ``[N, G]`` memberships, for metrics and for the methods that use groups.
         clean: ``[N]`` true labels where ``y`` is noisy.
     """
 
-    x: Tensor | ImageFiles
+    x: Tensor
     y: Tensor
     groups: Tensor | None = None
     clean: Tensor | None = None
@@ -38,15 +36,11 @@ class Samples:
     def select(self, rows: Any) -> Samples:
         """The given rows."""
         rows = torch.as_tensor(rows, dtype=torch.long)
-        parts = [None if t is None else t[rows] for t in (self.y, self.groups, self.clean)]
-        x = self.x.select(rows.tolist()) if isinstance(self.x, ImageFiles) else self.x[rows]
-        return Samples(x, *parts)  # type: ignore[arg-type]
+        return Samples(*(None if t is None else t[rows] for t in (self.x, self.y, self.groups, self.clean)))  # type: ignore[arg-type]
 
     def to(self, device: str) -> Samples:
-        """Tensors on ``device``; files stay where they are."""
-        parts = [None if t is None else t.to(device) for t in (self.y, self.groups, self.clean)]
-        x = self.x if isinstance(self.x, ImageFiles) else self.x.to(device)
-        return Samples(x, *parts)  # type: ignore[arg-type]
+        """The same on ``device``."""
+        return Samples(*(None if t is None else t.to(device) for t in (self.x, self.y, self.groups, self.clean)))  # type: ignore[arg-type]
 
 
 class Batches:
@@ -58,7 +52,6 @@ class Batches:
         augment: applied to a batch of ``x``.
         shuffle: new order in every pass.
         rows: give the indices too, ``[N]``.
-        workers: processes that load files.
     """
 
     def __init__(
@@ -69,14 +62,13 @@ class Batches:
         augment: Callable[[Tensor], Tensor] | None = None,
         shuffle: bool = True,
         rows: bool = False,
-        workers: int = 0,
     ) -> None:
         self.samples, self.batch_size, self.augment = samples, batch_size, augment
-        self.shuffle, self.rows, self.workers = shuffle, rows, workers
+        self.shuffle, self.rows = shuffle, rows
 
     @property
     def targets(self) -> Tensor:
-        """``[N]``, so that a meta set's labels can be checked without loading it."""
+        """``[N]``, so that a meta set's labels can be checked at once."""
         return self.samples.y
 
     def __len__(self) -> int:
@@ -85,21 +77,12 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         samples, n = self.samples, len(self.samples)
         order = torch.randperm(n) if self.shuffle else torch.arange(n)
-        parts = order.to(samples.y.device).split(self.batch_size)
-        for rows, x in zip(parts, self._inputs(parts), strict=True):
+        for rows in order.to(samples.y.device).split(self.batch_size):
+            x = samples.x[rows]
             if not x.is_floating_point():
                 x = x[:, : int((x != 0).sum(dim=1).max().clamp_min(1))]  # texts: cut the padding
             x = self.augment(x) if self.augment else x
             yield (x, samples.y[rows], rows) if self.rows else (x, samples.y[rows])
-
-    def _inputs(self, parts: tuple[Tensor, ...]) -> Iterator[Tensor]:
-        x = self.samples.x
-        if isinstance(x, Tensor):
-            return (x[rows] for rows in parts)
-        loader = torch.utils.data.DataLoader(
-            x, batch_sampler=[rows.tolist() for rows in parts], num_workers=self.workers
-        )
-        return (images.to(self.samples.y.device) for images, _ in loader)
 
 
 def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]:
@@ -122,11 +105,10 @@ def crop_and_flip(pad: int = 4, flip: bool = True) -> Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def predict(model: nn.Module, samples: Samples, workers: int = 0) -> Tensor:
+def predict(model: nn.Module, samples: Samples) -> Tensor:
     """Predicted classes ``[N]``, on the CPU; the model is left in eval mode."""
     model.eval()
-    batches = Batches(samples, 500 if isinstance(samples.x, Tensor) else 100, shuffle=False, workers=workers)
-    return torch.cat([model(x).argmax(dim=1).cpu() for x, _ in batches])
+    return torch.cat([model(x).argmax(dim=1).cpu() for x, _ in Batches(samples, 500, shuffle=False)])
 
 
 def fit(

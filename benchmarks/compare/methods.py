@@ -26,7 +26,7 @@ from .scenario import Scenario, Settings
 
 @dataclass
 class Run:
-    """What a method may look at. ``config`` holds settings of `IADAConfig` asked for by the user."""
+    """What a method may look at. ``config`` holds settings of `IADAConfig` that were asked for."""
 
     scenario: Scenario
     settings: Settings
@@ -47,7 +47,7 @@ class Run:
         """Batches of the meta set, augmented as in training."""
         size = self.settings.meta_batch_size or SCHEDULES[config.schedule].meta_batch(config, self.settings.batch_size)
         size = math.ceil(len(self.meta) / math.ceil(len(self.meta) / size))  # no small rest
-        return Batches(self.meta, size, augment=self.scenario.augment, workers=self.settings.workers)
+        return Batches(self.meta, size, augment=self.scenario.augment)
 
 
 @dataclass(frozen=True)
@@ -194,14 +194,14 @@ def run_method(
         ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first. With ``report``, the `Report` or ``None``.
     """
     settings = settings or scenario.settings
-    seed_rng(torch.device(device), seed)  # Python's and NumPy's too: image transforms draw from them
+    seed_rng(torch.device(device), seed)
     model = scenario.network(settings.model).to(device)
     if next(model.parameters()).is_floating_point() and any(p.dim() == 4 for p in model.parameters()):
         model = model.to(memory_format=torch.channels_last)
     train, meta = scenario.train.to(device), scenario.meta.to(device)
     if method.add_meta:
         train = _joined(train, meta)
-    batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True, workers=settings.workers)
+    batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True)
     optimizer, scheduler = make_optimizer(model, settings)
     run = Run(scenario, settings, train, meta, model, optimizer, len(batches), seed, config or {})
     seed_rng(torch.device(device), seed + 1)  # the same batches for every method until one of them draws differently
@@ -210,7 +210,7 @@ def run_method(
     watching = _report(criterion.engine, scenario, train) if report and hasattr(criterion, "engine") else None
 
     def validate(model: nn.Module) -> float:
-        return next(iter(scenario.score(predict(model, val, settings.workers), scenario.val).values()))  # type: ignore[arg-type]
+        return next(iter(scenario.score(predict(model, val), scenario.val).values()))  # type: ignore[arg-type]
 
     first = getattr(criterion, "warmup_epochs", 0) if scenario.keep_best and val is not None else None
     curve, seconds = fit(
@@ -227,19 +227,17 @@ def run_method(
     if report:
         found["report"] = watching
     if val is not None:
-        found["validation"] = scenario.score(predict(model, val, settings.workers), scenario.val)  # type: ignore[arg-type]
+        found["validation"] = scenario.score(predict(model, val), scenario.val)  # type: ignore[arg-type]
     if hasattr(criterion, "engine"):
         found["config"] = criterion.engine.config.to_dict()
     if test:
-        predictions = predict(model, scenario.test.to(device), settings.workers)
+        predictions = predict(model, scenario.test.to(device))
         found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}
     found["noise_auroc"] = _noise_auroc(criterion, train)
     return found
 
 
 def _joined(train: Samples, meta: Samples) -> Samples:
-    if not isinstance(train.x, Tensor) or not isinstance(meta.x, Tensor):
-        raise ValueError("training on the meta samples too needs images that are in memory.")
     clean = None if train.clean is None else torch.cat([train.clean, meta.y])
     return Samples(torch.cat([train.x, meta.x]), torch.cat([train.y, meta.y]), None, clean)
 
@@ -247,8 +245,7 @@ def _joined(train: Samples, meta: Samples) -> Samples:
 def _report(engine: MetaIADA, scenario: Scenario, train: Samples) -> Any:
     from iada_plugin.report.report import Report  # needs Matplotlib
 
-    words = isinstance(train.x, Tensor) and not train.x.is_floating_point()
-    samples = None if words else train.x
+    samples = train.x if train.x.is_floating_point() else None  # words are indices here
     return Report(engine, class_names=scenario.class_names, true_labels=train.clean, samples=samples, max_id=len(train))
 
 

@@ -29,7 +29,6 @@ class Settings:
     gamma: float = 0.01
     warmup_ratio: float = 0.8
     meta_batch_size: int | None = None
-    workers: int = 0
     config: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,7 +46,7 @@ class Scenario:
         network: makes an untrained network by name.
         augment: for training batches.
         keep_best: end with the epoch of the best validation score instead of the last.
-        class_names, group_names: for reports.
+        class_names: for reports.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Scenario:
     augment: Callable[[Tensor], Tensor] | None = None
     keep_best: bool = False
     class_names: Sequence[str] | None = None
-    group_names: Sequence[str] | None = None
 
     @property
     def counts(self) -> list[int]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .groups import colored_mnist, photographs
-from .images import CIFAR10N, generalized_long_tail, label_noise, load_digits, long_tailed_images
+from .groups import colored_mnist
+from .images import generalized_long_tail, label_noise, load_digits, long_tailed_images
 from .scenario import Scenario, Settings
 from .texts import comments, reuters
 
 __all__ = [
-    "CIFAR10N",
     "Scenario",
     "Settings",
     "colored_mnist",
@@ -24,7 +23,6 @@ __all__ = [
     "load_digits",
     "long_tail",
     "long_tailed_images",
-    "photographs",
     "reuters",
 ]
 

@@ -109,5 +109,5 @@ def comments(data: str | None = None, *, meta_per_group: int = 20, meta_from: st
     return Scenario(
         "comments", 2, parts["train"], parts["meta"], parts["test"], settings,
         group_scores(groups, parts["train"].groups, 20), lambda model: _text_network(model, size, 2, length),  # type: ignore[arg-type]
-        parts["val"], keep_best=True, class_names=("not toxic", "toxic"), group_names=GROUPS,
+        parts["val"], keep_best=True, class_names=("not toxic", "toxic"),
     )  # fmt: skip

@@ -1,11 +1,9 @@
 """The methods of comparison against their formulas, written out sample by sample."""
 
-import importlib.util
-import json
 import math
-import sys
-from pathlib import Path
+from dataclasses import replace
 
+import baselines
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,23 +14,6 @@ from models import MLP
 from sklearn.linear_model import LogisticRegression
 
 from iada_plugin import IADAConfig
-
-ROOT = Path(__file__).parents[1]
-
-
-def load(name):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(name, module)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-baselines = load("baselines")
 
 
 @pytest.fixture
@@ -84,6 +65,34 @@ def test_ldam(batch):
     assert torch.allclose(layer(x), F.cosine_similarity(x[:, None], layer.weight[None], dim=2), atol=1e-6)
 
 
+def test_deferred_re_weighting_starts_with_the_last_fifth(monkeypatch):
+    """In a run of ten epochs: margins alone for eight, then with the class-balanced weights."""
+    from compare.methods import run_method
+
+    seen = []
+    original = baselines.ldam
+    monkeypatch.setattr(baselines, "ldam", lambda *args: (seen.append(args[3]), original(*args))[1])
+    run = make_run(labels=torch.arange(24) // 16)  # 16 and 8
+    run_method(run.scenario, baselines.METHODS["ldam_drw"], settings=replace(run.settings, epochs=10))
+    weights = baselines.class_balanced_weights(torch.tensor([16, 8]))
+    assert len(seen) == 20 and seen[:16] == [None] * 16  # two batches an epoch
+    assert all(torch.equal(found, weights) for found in seen[16:]) and weights[1] > 1.3 > weights[0]
+
+
+def test_deferred_re_weighting_changes_the_loss():
+    run = make_run(labels=torch.arange(24) // 16)
+    criterion = baselines._LDAM(run)
+    x, y = run.train.x, run.train.y
+    for epoch, weighted in ((0, False), (1, False), (2, True)):
+        criterion.start = 2
+        criterion.begin_epoch(epoch)
+        output = run.model(x)
+        plain = baselines.ldam(output, y, run.counts)
+        wanted = baselines.ldam(output, y, run.counts, baselines.class_balanced_weights(run.counts))
+        assert torch.equal(criterion(output, y, torch.arange(24)), wanted if weighted else plain)
+        assert not torch.isclose(wanted, plain)
+
+
 def test_generalized_cross_entropy(batch):
     z, y, _ = batch
     p = z.softmax(1)
@@ -94,10 +103,10 @@ def test_generalized_cross_entropy(batch):
     assert float(almost_ce) == pytest.approx(float(F.cross_entropy(z, y)), rel=1e-4)
 
 
-def make_run(groups=None, n=24, seed=0, **settings):
+def make_run(groups=None, n=24, seed=0, labels=None, **settings):
     torch.manual_seed(seed)
     model = MLP(classes=2)
-    train = Samples(torch.randn(n, 6), torch.arange(n) % 2, groups)
+    train = Samples(torch.randn(n, 6), torch.arange(n) % 2 if labels is None else labels, groups)
     meta = Samples(torch.randn(16, 6), torch.arange(16) % 2)
     chosen = Settings(epochs=2, batch_size=12, warmup_ratio=0, lr=0.1, **settings)
     scenario = Scenario("x", 2, train, meta, meta, chosen, balanced_scores, lambda name: model)
@@ -123,24 +132,58 @@ def test_group_dro():
         baselines.GroupDRO(make_run(None))
 
 
-def test_lisa_mixes_the_right_partners():
+def lisa_run():
+    """Rows that tell who they are: row i is [i, label, attribute]."""
     labels = torch.arange(24) % 2
     attribute = torch.arange(24) // 2 % 2
     run = make_run(2 * labels + attribute)
-    run.train.x = torch.stack([labels.float(), attribute.float()], dim=1)  # what a partner brings is readable
+    run.train.x = torch.stack([torch.arange(24), labels, attribute], dim=1).float()
+    return run, labels, attribute
+
+
+def test_lisas_partners_come_from_the_right_pool(monkeypatch):
+    """Same label and another attribute, or the same attribute and another label; any row of that group."""
+    run, labels, attribute = lisa_run()
     criterion = baselines.LISA(run)
-    kinds = set()
-    for _ in range(40):
+    shares = type("Shares", (), {"sample": staticmethod(lambda shape: torch.full(shape, 0.25))})
+    monkeypatch.setattr(torch.distributions, "Beta", lambda a, b: (a, b) == (2.0, 2.0) and shares)
+    partners = {True: set(), False: set()}
+    for _ in range(60):
         rows = torch.randperm(24)[:12]
         x, y = criterion.mix(run.train.x[rows], labels[rows], rows)
-        assert torch.allclose(y.sum(1), torch.ones(12)) and torch.allclose(x[:, 0], y[:, 1], atol=1e-6)
-        same_label = torch.equal(x[:, 0], labels[rows].float())
-        kinds.add(same_label)
-        if not same_label:  # then the attribute is the same
-            assert torch.allclose(x[:, 1], attribute[rows].float())
-    assert kinds == {True, False}
+        partner = ((x[:, 0] - 0.25 * rows) / 0.75).round().long()
+        assert torch.allclose(x, 0.25 * run.train.x[rows] + 0.75 * run.train.x[partner])
+        assert torch.allclose(y, 0.25 * F.one_hot(labels[rows], 2) + 0.75 * F.one_hot(labels[partner], 2))
+        same_label = bool(labels[rows[0]] == labels[partner[0]])
+        assert torch.equal(labels[rows] == labels[partner], torch.full((12,), same_label))
+        assert torch.equal(attribute[rows] == attribute[partner], torch.full((12,), not same_label))
+        partners[same_label].update(partner.tolist())
+    assert partners[True] == partners[False] == set(range(24))
+
+
+def test_lisa_mixes_labels_as_inputs():
+    run, labels, _ = lisa_run()
+    criterion = baselines.LISA(run)
+    rows = torch.arange(24)
+    shares = set()
+    for _ in range(10):
+        x, y = criterion.mix(run.train.x, labels, rows)
+        assert torch.allclose(y.sum(1), torch.ones(24)) and torch.allclose(x[:, 1], y[:, 1], atol=1e-6)
+        shares.update(y[:, 1].tolist())
+    assert len(shares) > 50 and all(0 <= share <= 1 for share in shares)
     with pytest.raises(ValueError, match="LISA mixes"):
         baselines.LISA(make_run(None))
+
+
+def test_a_group_without_rows_is_no_partner():
+    run, labels, attribute = lisa_run()
+    kept = (2 * labels + attribute != 3).nonzero().flatten()
+    run.train.x, run.train.y, run.train.groups = run.train.x[kept], labels[kept], (2 * labels + attribute)[kept]
+    criterion = baselines.LISA(run)
+    own = torch.arange(len(kept))[run.train.groups == 1]  # label 0, attribute 1: its partners are of group 0, or of 3
+    found = [criterion.mix(run.train.x[own], run.train.y[own], own)[0] for _ in range(30)]
+    unchanged = [torch.allclose(x, run.train.x[own]) for x in found]
+    assert any(unchanged) and not all(unchanged)
 
 
 def test_meta_weight_nets_gradient_is_that_of_double_backward():
@@ -209,50 +252,3 @@ def test_train_plus_meta_is_both(tmp_path):
         baselines.CrossEntropy.__call__ = original
     assert sum(seen) == 2 * (24 + 16)
     assert isinstance(Batches(run.meta, 8).targets, torch.Tensor)
-
-
-def test_suspects_benchmark(tmp_path, monkeypatch, capsys):
-    """On digits, without cleanlab, which is no dependency: rankings, table and picture."""
-    suspects = load("suspects")
-    monkeypatch.setattr(suspects.importlib.util, "find_spec", lambda name: None)
-    path = tmp_path / "suspects.json"
-    monkeypatch.setattr(sys, "argv", ["suspects.py", "--size", "tiny", "--json", str(path), "--report", str(tmp_path)])
-    suspects.main()
-    rows = {r["ranking"]: r for r in json.loads(path.read_text())["rows"]}
-    assert len(rows) == 5 and (tmp_path / "flip1" / "report.html").is_file()
-    best = rows["Meta-IADA, suspects()"]
-    assert best["auroc"] > 0.95 and best["auroc"] > rows["loss of cross-entropy"]["auroc"]
-    assert best["recall"][-1] == 1 and len(best["precision"]) == 50
-    assert f"{100 * best['auroc']:.1f}" in capsys.readouterr().out
-    assert path.with_suffix(".png").stat().st_size > 10_000
-
-
-def test_cleanlab_in_the_benchmark():
-    pytest.importorskip("cleanlab")
-    suspects = load("suspects")
-    y = torch.arange(90).numpy() % 3
-    probabilities = torch.nn.functional.one_hot(torch.arange(90) % 3, 3).double().numpy() * 0.7 + 0.1
-    y[:9] = (y[:9] + 1) % 3
-    scores, flagged = suspects.cleanlab_scores(y, probabilities)
-    assert sorted(flagged) == list(range(9)) and len(scores) == 2
-    for values in scores.values():
-        assert values[:9].min() > values[9:].max()
-
-
-def test_out_of_sample_probabilities():
-    """Each sample's come from a network that was not trained on it."""
-    suspects = load("suspects")
-    scenario, settings = suspects.build(suspects.TASKS["tiny"]["flip1"], None, 0)
-    seen = []
-
-    def run_method(scenario, method, **options):
-        seen.append({tuple(x.flatten().tolist()) for x in scenario.train.x})
-        model = scenario.network("smallconv")
-        method.finish(type("Run", (), {"model": model, "scenario": scenario}), None)
-
-    suspects.run_method = run_method
-    found = suspects.out_of_sample(scenario, settings, 0, "cpu", False)
-    assert found.shape == (len(scenario.train), 10) and abs(found.sum(1) - 1).max() < 1e-5
-    together = [len(set.union(*seen)), *map(len, seen)]
-    everything = {tuple(x.flatten().tolist()) for x in scenario.train.x}
-    assert together[0] == len(everything) and all(n < 0.7 * len(everything) for n in together[1:])

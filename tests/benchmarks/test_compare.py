@@ -1,23 +1,13 @@
-"""Networks, loop, scenarios and the accuracy benchmark."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""What a comparison consists of: networks, loop, scenarios, and the run of a method."""
 
 import numpy as np
 import pytest
 import torch
 from compare import scenarios
-from compare.cli import parse_config
 from compare.loop import Batches, Samples, crop_and_flip, fit
 from compare.methods import METHODS, run_method, with_overrides
 from compare.networks import AveragingNetwork, CifarResNet, WideResNet, create_network
-from PIL import Image
 from sklearn.metrics import roc_auc_score
-from test_baselines import load
-
-ROOT = Path(__file__).parents[1]
 
 
 def count(model):
@@ -140,72 +130,6 @@ def test_signals_are_scored_by_the_area_under_the_curve():
     assert again["curve"] == found["curve"]  # seeded
 
 
-def test_settings_from_the_command_line():
-    assert parse_config(["alpha=0.25", "epsilon_range=-1,0", "schedule=online", "fixed_shift=False"]) == {
-        "alpha": 0.25, "epsilon_range": (-1, 0), "schedule": "online", "fixed_shift": False,
-    }  # fmt: skip
-    for wrong in ("alpha", "alhpa=1", "alpha=x", "schedule=none"):
-        with pytest.raises(ValueError):
-            parse_config([wrong])
-
-
-def test_the_grid_resumes(tmp_path):
-    """A finished run is not repeated, half a line is passed over, and the table is what the lines say."""
-    accuracy = load("accuracy")
-    task = accuracy.Task(
-        "Digits", "", lambda data, seed: scenarios.label_noise(seed=seed), ["ce", "iada"], {"epochs": 2}
-    )
-    args = type("Args", (), {"data": "", "device": "cpu"})
-    path = tmp_path / "accuracy_cpu.jsonl"
-    run = accuracy.run_one("digits", task, "ce", 0, args)
-    accuracy.append(path, run)
-    with open(path, "a") as file:
-        file.write('{"scenario": "dig')  # killed
-    accuracy.append(path, {**run, "method": "iada", "metrics": {"accuracy": 0.5, "macro_precision": 0.25}})
-    runs = accuracy.read(path)
-    assert [(r["method"], r["seed"]) for r in runs] == [("ce", 0), ("iada", 0)]
-    accuracy.append(path, {**runs[1], "seconds": 7.5})  # repeated: the later one counts
-    assert [r["seconds"] for r in accuracy.read(path)] == [run["seconds"], 7.5]
-    table = "\n".join(accuracy.table(runs, task))
-    mine = 100 * run["metrics"]["accuracy"]
-    assert f"{50 - mine:+.1f}" in table and "**50.0**" in table if mine < 50 else f"**{mine:.1f}**" in table
-    assert {"settings", "versions", "machine", "curve", "seconds"} <= set(run)
-    with pytest.raises(SystemExit, match="different settings"):
-        accuracy.CPU = {"digits": task}
-        accuracy.SIZES = {"cpu": accuracy.CPU}
-        accuracy.append(path, {**runs[1], "seed": 1, "settings": {}})
-        accuracy.render("cpu", tmp_path)
-
-
-def test_a_run_that_fails_does_not_stop_the_grid(tmp_path, monkeypatch, capsys):
-    accuracy = load("accuracy")
-
-    def fail(data, seed):
-        raise ValueError("no such thing")
-
-    (tmp_path / "x").mkdir()
-    monkeypatch.setattr(
-        accuracy,
-        "SIZES",
-        {
-            "cpu": {
-                "a": accuracy.Task("A", "x", fail, ["ce"]),
-                "b": accuracy.Task("B", "x", lambda d, s: scenarios.label_noise(seed=s), ["ce"], {"epochs": 1}),
-            }
-        },
-    )
-    for _ in range(2):
-        monkeypatch.setattr(
-            sys,
-            "argv",
-            ["accuracy.py", "--data", str(tmp_path), "--seeds", "0", "--results", str(tmp_path), "--device", "cpu"],
-        )
-        accuracy.main()
-    out = capsys.readouterr().out
-    assert out.count("failed, and not tried again") == 1 and out.count("[2/2] b") == 1
-    assert "## B" in (tmp_path / "accuracy_cpu.md").read_text()
-
-
 def test_epochs_of_the_warm_up_and_fixed_settings():
     scenario = scenarios.colored_mnist()
     settings = with_overrides(scenario.settings, epochs=3, warmup_ratio=0.1)
@@ -220,26 +144,3 @@ def test_epochs_of_the_warm_up_and_fixed_settings():
     assert seen["criterion"].warmup_epochs == 2 and found["config"]["warmup_epochs"] == 1.5
     with pytest.raises(ValueError, match="has its own perturbation_size"):
         run_method(scenario, METHODS["iada_paper"], settings=settings, config={"perturbation_size": 3.0})
-
-
-def test_the_grid_skips_what_is_missing(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "accuracy.py"), "--data", str(tmp_path), "--scenario", "reuters52",
-               "--seeds", "0", "--results", str(tmp_path / "results")]  # fmt: skip
-    out = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert out.returncode == 0 and "skipped reuters52: no reuters52/reuters52.parquet" in out.stdout, out.stderr
-    assert (tmp_path / "results" / "accuracy_cpu.md").is_file()
-
-
-def test_image_files_are_seeded_too(tmp_path):
-    """timm's transforms draw from Python's random state."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for i in range(12):
-            path = tmp_path / split / f"{i}.png"
-            path.parent.mkdir(exist_ok=True)
-            Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
-        (tmp_path / f"X_LT_{split}.txt").write_text("\n".join(f"{split}/{i}.png {i % 2}" for i in range(12)))
-    scenario = scenarios.long_tail(str(tmp_path), meta_per_class=2, image_size=32)
-    settings = with_overrides(scenario.settings, model="resnet8", epochs=1, batch_size=4)
-    first, second = (run_method(scenario, METHODS["ce"], settings=settings)["curve"] for _ in range(2))
-    assert first == second
