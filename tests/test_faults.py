@@ -107,7 +107,7 @@ def places(run):
         "the meta pass": (passes, "_meta_gradient"),
         "a layer in the meta pass": (run.model.block[0], "forward"),
         "Omega's step": (step.meta_optimizer, "step"),
-        "Sigma's step": (FullCovariance, "relative_step"),
+        "Sigma's step": (FullCovariance, "step_down"),
         "the head's hypergradient": (hg, "head_hypergradient"),
         "completing the tangent": (passes.tangents, "complete"),
     }
