@@ -99,7 +99,12 @@ class _WeightStep(MetaLearner):
     """The meta step of Meta-Weight-Net: the network's output is a sample's weight instead of its epsilon."""
 
     def train_loss(
-        self, features: Tensor, labels: Tensor, epsilon: Tensor, denominator: Tensor | float | None = None
+        self,
+        features: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+        denominator: Tensor | float | None = None,
+        sample_weight: Tensor | None = None,
     ) -> Tensor:
         logits = self.head.iada_logits(features, labels, alpha=0, beta=0)
         return (_share(epsilon) * F.cross_entropy(logits, labels, reduction="none")).sum()

@@ -32,7 +32,7 @@ class IADAConfig:
     warmup_ratio: float | None = _setting(
         None,
         "Share of the run that is warm-up, without perturbation. Default: 0.8; with trusted rows the warm-up ends one epoch after the"
-        " rows that are kept are fitted (training accuracy over 95 % in an epoch), if ever: before, perturbations do harm.",
+        " rows that are kept are fitted (training accuracy over 95 % in an epoch), after half of the run at the earliest: before, perturbations do harm.",
     )
     warmup_epochs: float | None = _setting(
         None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."

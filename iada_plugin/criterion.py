@@ -493,7 +493,7 @@ class MetaIADA(nn.Module):
                 self.schedule.gradient.commit(step.average, step.gradient_fine, step.half)
             followers = () if self.reference is None else (self.reference,)
             step.commit((*followers, self.statistics, self.learner, *self.observers))
-            if self.reference is not None and self.warmup.open and self.reference.fitted:
+            if self.reference is not None and self.warmup.open and self.reference.fitted(step.number + 1):
                 self._end_warmup(step.number + 1)
 
     def _end_warmup(self, step: int) -> None:

@@ -35,3 +35,16 @@ def check_labels(labels: Tensor, n: int, num_classes: int, *, always: bool) -> N
                 f"label {int(wrong[0])} is out of range: the classifier has {num_classes} classes,"
                 f" 0 to {num_classes - 1}."
             )
+
+
+def class_indices(labels: Tensor | None, n: int | None, num_classes: int) -> Tensor:
+    """The labels as int64. Their values are looked at on a CPU only, and not in a compiled function.
+
+    Raises:
+        ValueError: labels that are no class indices ``[n]``, or of any length where ``n`` is ``None``.
+    """
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels={labels!r:.40}: IADA needs a tensor [N] of class indices.")
+    if not torch.compiler.is_compiling():
+        check_labels(labels, labels.numel() if n is None else n, num_classes, always=False)
+    return labels.long()

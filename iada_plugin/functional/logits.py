@@ -16,21 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .covariance import COVARIANCES, Covariance, as_covariance, present_classes, wanted_shapes
+from .direction import direction_and_scale, margin_scale, perturbation_direction
+from .labels import class_indices
 
-
-def _indices(labels: Tensor | None, n: int | None, num_classes: int) -> Tensor:
-    """The labels as int64. Their values are looked at on a CPU only, and not in a compiled function.
-
-    Raises:
-        ValueError: labels that are no class indices ``[n]``, or of any length where ``n`` is ``None``.
-    """
-    if not isinstance(labels, Tensor):
-        raise ValueError(f"labels={labels!r:.40}: IADA needs a tensor [N] of class indices.")
-    if not torch.compiler.is_compiling():
-        from .labels import check_labels
-
-        check_labels(labels, labels.numel() if n is None else n, num_classes, always=False)
-    return labels.long()
+__all__ = ["direction_and_scale", "iada_logits", "margin_scale", "perturbation_direction", "variance_term"]
 
 
 def _check_shapes(
@@ -56,65 +45,6 @@ def _check_shapes(
                              f" {n} samples, {c} classes and {h} features.")  # fmt: skip
 
 
-def _toward_others(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """``sum_{j != y} p_j / (1 - p_y) w_j - w_y``, ``[N, H]``: how the others' lead over the own class grows with h.
-
-    The gradient of the cross-entropy is ``1 - p_y`` times this. ``p - e_y`` itself would cancel to nothing in float32 for
-    a sample that is certain (from a margin of about 13 nats on).
-    """
-    others = logits.scatter(1, labels[:, None], -torch.inf).softmax(dim=1)
-    return others @ weight - weight[labels]
-
-
-@torch.no_grad()
-def perturbation_direction(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Sign of the gradient of the cross-entropy with respect to the features: ``sign(W^T (p - e_y))``.
-
-    Closed form, so no backward pass; constant under differentiation, as a sign is.
-
-    Args:
-        logits: ``[N, C]`` plain logits ``W h + b``.
-        weight: ``[C, H]``.
-        labels: ``[N]`` class indices.
-
-    Returns:
-        ``[N, H]`` of -1, 0 and 1.
-    """
-    return _toward_others(logits, weight, _indices(labels, len(logits), len(weight))).sign_()
-
-
-@torch.no_grad()
-def margin_scale(logits: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Size of a perturbation along :func:`perturbation_direction` that changes the margin by one.
-
-    The margin is that of the own logit over the other classes, which are weighted by their probabilities ``p_j / (1 -
-    p_y)``; it falls by ``|sum_j p_j / (1 - p_y) (w_j - w_y)|_1`` for each unit of the perturbation, whatever the number of
-    features and the size of the weights.
-
-    Args:
-        logits: ``[N, C]`` plain logits.
-        weight: ``[C, H]``.
-        labels: ``[N]``.
-
-    Returns:
-        ``[N]``.
-    """
-    return _unit_margin(_toward_others(logits, weight, _indices(labels, len(logits), len(weight))))
-
-
-def _unit_margin(toward: Tensor) -> Tensor:
-    return 1 / toward.abs().sum(dim=1).clamp_min(1e-6)
-
-
-@torch.no_grad()
-def direction_and_scale(logits: Tensor, weight: Tensor, labels: Tensor, in_margin: bool) -> tuple[Tensor, Tensor]:
-    """:func:`perturbation_direction` ``[N, H]`` and the size ``[N]`` of one unit along it: :func:`margin_scale` where
-    ``in_margin``, else one in every feature."""
-    toward = _toward_others(logits, weight, labels)
-    scale = _unit_margin(toward) if in_margin else torch.ones_like(toward[:, 0])
-    return toward.sign_(), scale
-
-
 def variance_term(weight: Tensor, labels: Tensor, covariance: Tensor | Covariance) -> Tensor:
     """``rho_ij = 1/2 (w_j - w_y)^T Sigma_y (w_j - w_y)`` with ``y = labels[i]`` (ISDA; Eq. 6 of the paper).
 
@@ -127,7 +57,7 @@ def variance_term(weight: Tensor, labels: Tensor, covariance: Tensor | Covarianc
         ``[N, C]``, zero in each sample's own class. Only the classes present in ``labels`` are computed, and only their
         covariances receive a gradient; nothing of size ``N x C x H`` is built.
     """
-    labels = _indices(labels, None, len(weight))
+    labels = class_indices(labels, None, len(weight))
     _check_shapes(weight, len(labels), covariance)
     classes, inverse = present_classes(labels, len(weight))
     return as_covariance(covariance).take(classes).variance_term(weight, classes)[inverse]
@@ -245,7 +175,7 @@ def iada_logits(
     _check_shapes(weight, features.shape[0], covariance, features, epsilon, log_prior)
     used = None if covariance is None or alpha == 0 else as_covariance(covariance)
     if used is not None or epsilon is not None:
-        labels = _indices(labels, features.shape[0], weight.shape[0])
+        labels = class_indices(labels, features.shape[0], weight.shape[0])
     return _IADALogits.apply(  # type: ignore[no-any-return, no-untyped-call]
         features, weight, bias, epsilon, log_prior if beta != 0 else None, labels, alpha, beta, fixed_shift, in_margin,
         *((None,) if used is None else (used.name, *used.tensors)),

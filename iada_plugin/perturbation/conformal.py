@@ -129,8 +129,8 @@ def effective_number(labels: Tensor, trusted: Tensor, seen: Tensor) -> Tensor:
     return 1 / (share.square() / reference.clamp_min(1)).sum().clamp_min(1e-12)
 
 
-def wilson_bound(share: Tensor, n: Tensor, z: float = 1.645) -> Tensor:
-    """Upper confidence bound (Wilson, 1927) of shares ``[R]`` that were seen in ``n`` ``[]`` draws; 95 % one-sided by default."""
+def wilson_bound(share: Tensor, n: Tensor, z: float = 1.282) -> Tensor:
+    """Upper confidence bound (Wilson, 1927) of shares ``[R]`` that were seen in ``n`` ``[]`` draws; 90 % one-sided by default."""
     centre = share + z * z / (2 * n)
     spread = z * (share * (1 - share) / n + z * z / (4 * n * n)).clamp_min(0).sqrt()
     return ((centre + spread) / (1 + z * z / n)).clamp(max=1)

@@ -12,6 +12,8 @@ from .trusted import GATES
 
 #: Epochs after which the gate begins, or a third of a shorter run.
 GATE_START = 3
+#: Perturbations begin after this share of the run at the earliest.
+OMEGA_START = 0.5
 #: The training set counts as fitted from this accuracy on, of the rows that are kept, over an epoch.
 FITTED = 0.95
 
@@ -49,6 +51,7 @@ class TrustedReference:
         self.histories = Histories(num_rows, device=device)
         start = GATE_START if epochs is None else max(1, min(GATE_START, int(epochs // 3)))
         self.start = start * steps_per_epoch
+        self.omega_start = 0 if epochs is None else int(OMEGA_START * epochs * steps_per_epoch)
         self.gate = None if gate == "none" else GATES[gate](level, min_visits=min(2, start), groups="auto")
         self.weight = torch.ones(num_rows, device=device)
         self.accuracy = 0.0
@@ -83,10 +86,10 @@ class TrustedReference:
         """Whether the gate has been refreshed by that step."""
         return step >= self.start
 
-    @property
-    def fitted(self) -> bool:
-        """Whether the model fits the rows that are kept."""
-        return self.accuracy >= FITTED
+    def fitted(self, step: int) -> bool:
+        """Whether perturbations may begin: half of the run is over, and the model fits the rows that are kept. Before, they do harm
+        (on a network that does not fit clean, balanced data they let half of it go)."""
+        return step >= self.omega_start and self.accuracy >= FITTED
 
     def let_go(self) -> float:
         """Share of the rows that are let go."""

@@ -108,7 +108,7 @@ class LocalFdrGate(Gate):
     """Lets rows go whose label is probably wrong, and where there are such rows at all, also those of a p-value below ``level``.
 
     The p-values' null distribution is the trusted rows', which are few: each p-value is raised to its upper confidence bound (Wilson,
-    95 %) first. On right labels nothing stands out of that bound, and the gate has no effect at all; where labels are wrong it works
+    90 %) first. On right labels nothing stands out of that bound, and the gate has no effect at all; where labels are wrong it works
     as the hard one does, without a share of them to be guessed.
     """
 

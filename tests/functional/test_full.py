@@ -1,13 +1,11 @@
 """Full covariances: steps along a factored gradient are those along its matrices, and nothing large is built for them."""
 
+import meter
 import pytest
 import torch
-from test_baselines import load
 
 from iada_plugin.functional.differences import transposed
 from iada_plugin.functional.full import FactoredGradient, FullCovariance
-
-meter = load("meter")
 
 
 def problem(count=4, classes=6, features=30, dtype=torch.float64, samples=12):
