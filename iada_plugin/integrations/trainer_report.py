@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from ..criterion import MetaIADA
 from ..report.recorder import MAX_ID, are_row_numbers
-from ..runtime.capture import Hook
 from ..runtime.processes import rank, world_size
-from ..runtime.row_ids import SAMPLE_IDS, number_samples
+from .trainer_rows import TrainerRows
 
 if TYPE_CHECKING:
     from ..report.report import Report
@@ -31,27 +30,20 @@ class TrainerReport:
     Args:
         engine: of the run.
         model: with the names of the classes in its config.
-        loader: of the training set; its batches carry row numbers until :meth:`remove`.
+        rows: of the training set.
         options: arguments of the `Report`.
     """
 
-    def __init__(self, engine: MetaIADA, model: nn.Module, loader: Any, options: Mapping[str, Any]) -> None:
+    def __init__(self, engine: MetaIADA, model: nn.Module, rows: TrainerRows, options: Mapping[str, Any]) -> None:
         from ..report.report import Report
 
         self.engine = engine
-        numbered = number_samples(loader)
-        rows, self._undo = numbered or (0, None)
         self._candidate: tuple[Tensor, Tensor] | None = None
         self._evaluation: list[tuple[Tensor, Tensor]] = []
-        self._ids: Tensor | None = None
-        self._without_ids = numbered is None
-        try:
-            self.report = Report(engine, **{"class_names": _class_names(model, engine), **self._sized(options, rows)})
-        except Exception:
-            self.remove()
-            raise
-        # Before all other hooks on the model, whose forward pass does not know this argument.
-        self._hook = engine.model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True)
+        self._without_ids = not rows.number
+        self.report = Report(
+            engine, **{"class_names": _class_names(model, engine), **self._sized(options, rows.number)}
+        )
 
     def _sized(self, options: Mapping[str, Any], rows: int) -> dict[str, Any]:
         """The options, checked against the training set now rather than in the middle of training."""
@@ -85,17 +77,9 @@ class TrainerReport:
         if unknown := sorted(set(options) - set(known)):
             raise TypeError(f"report_options {', '.join(unknown)}: a Report has the options {', '.join(known)}.")
 
-    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module.training and torch.is_grad_enabled() and not self.engine.capture.busy:
-            self._ids = kwargs.get(SAMPLE_IDS)
-        if SAMPLE_IDS not in kwargs:
-            return None
-        return args, {k: v for k, v in kwargs.items() if k != SAMPLE_IDS}
-
-    def take_ids(self, n: int) -> Tensor | None:
-        """Row numbers ``[N]`` of the training batch of ``n`` samples that the model has just seen. Where a batch has none that fit
-        (its collator leaves samples out, say), the report goes on without any."""
-        ids, self._ids = self._ids, None
+    def fitting(self, ids: Any, n: int) -> Tensor | None:
+        """``ids``, if they are the row numbers ``[n]`` of a batch of ``n`` samples. Where a batch has none that fit (its collator
+        leaves samples out, say), the report goes on without any."""
         if self._without_ids:
             return None
         if not are_row_numbers(ids, n):
@@ -104,7 +88,7 @@ class TrainerReport:
             self._without_ids = True
             self.report.forget_ids()
             return None
-        return ids
+        return ids  # type: ignore[no-any-return]
 
     def note_pass(self, outputs: Any, labels: Any) -> None:
         """A pass in eval mode, which may be one of an evaluation."""
@@ -164,13 +148,6 @@ class TrainerReport:
             warnings.warn(
                 f"{path} cannot be used ({type(error).__name__}: {error}): the report covers the run from step {step} on."
             )
-
-    def remove(self) -> None:
-        """Take the row numbers off the loader's batches, and the hook off the model."""
-        if hasattr(self, "_hook"):
-            self._hook.remove()
-        if self._undo is not None:
-            self._undo()
 
 
 def _class_names(model: nn.Module, engine: MetaIADA) -> list[str] | None:

@@ -7,31 +7,25 @@ at any moment of training. One class for each form, found by name in :data:`GATE
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .conformal import (
     GROUPS,
-    class_share_weights,
     conformal_p_values,
     effective_number,
     right_label_probability,
     wilson_bound,
 )
-from .density_ratio import density_ratio
 from .histories import Histories
 
 __all__ = [
     "GATES",
-    "DensityRatioGate",
     "Gate",
     "HardGate",
     "LocalFdrGate",
-    "class_share_weights",
     "conformal_p_values",
-    "density_ratio",
     "right_label_probability",
 ]
 
@@ -46,22 +40,19 @@ class Gate:
         level: q in (0, 1): evidence that as large a share of right labels shows has no effect, or little; see each form.
         min_visits: rows seen less often are kept, and no reference.
         groups: whom a row is compared with, see :func:`~iada_plugin.perturbation.conformal.conformal_p_values`.
-        class_shares: weigh the trusted rows to the training set's class shares.
 
     Raises:
         ValueError: naming the setting that is out of range.
     """
 
-    def __init__(
-        self, level: float = 0.1, *, min_visits: int = 2, groups: str = "pooled", class_shares: bool = False
-    ) -> None:
+    def __init__(self, level: float = 0.1, *, min_visits: int = 2, groups: str = "pooled") -> None:
         if not 0 < level < 1:
             raise ValueError(f"level={level} must be between 0 and 1, such as 0.1.")
         if min_visits < 1:
             raise ValueError(f"min_visits={min_visits} must be at least 1: a row that was never seen has no history.")
         if groups not in GROUPS:
             raise ValueError(f"groups={groups!r} must be one of {', '.join(map(repr, GROUPS))}.")
-        self.level, self.min_visits, self.groups, self.class_shares = level, min_visits, groups, class_shares
+        self.level, self.min_visits, self.groups = level, min_visits, groups
 
     @property
     def least_trusted(self) -> int:
@@ -87,8 +78,7 @@ class Gate:
 
     def p_values(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
         """P-values ``[R]`` of the labels, with the gate's settings."""
-        weights = class_share_weights(labels, trusted) if self.class_shares else None
-        return conformal_p_values(score, trusted, labels=labels, groups=self.groups, weights=weights)
+        return conformal_p_values(score, trusted, labels=labels, groups=self.groups)
 
 
 class HardGate(Gate):
@@ -128,27 +118,8 @@ class LocalFdrGate(Gate):
         return 1 - (wrong | (found & (p < self.level))).to(score.dtype)
 
 
-class DensityRatioGate(Gate):
-    """Keeps a row as far as its history is as frequent among trusted rows as among training rows, relative to the ``level`` of
-    trusted rows of which that is most true. Compares within no groups: both sides weigh all classes equally.
-
-    Raises:
-        ValueError: ``groups`` or ``class_shares`` is set.
-    """
-
-    def __init__(self, level: float = 0.1, **options: Any) -> None:
-        super().__init__(level, **options)
-        if self.groups != "pooled" or self.class_shares:
-            raise ValueError("the gate 'density_ratio' weighs all classes equally: leave groups and class_shares out.")
-
-    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
-        """The density ratio over its ``1 - level`` quantile, at most 1."""
-        return density_ratio(score, trusted, labels, top=1 - self.level)
-
-
 #: The forms, by name.
 GATES: dict[str, type[Gate]] = {
     "hard": HardGate,
     "local_fdr": LocalFdrGate,
-    "density_ratio": DensityRatioGate,
 }

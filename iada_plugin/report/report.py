@@ -95,7 +95,7 @@ class Report:
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from iada_plugin import IADAConfig
+        >>> from iada_plugin import IADAConfig, MetaIADA
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> x, y = torch.randn(16, 4), torch.arange(16) % 2

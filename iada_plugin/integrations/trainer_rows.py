@@ -1,0 +1,50 @@
+"""Row numbers of the samples that a Trainer trains on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..criterion import MetaIADA
+from ..runtime.capture import Hook
+from ..runtime.row_ids import SAMPLE_IDS, number_samples
+
+
+class TrainerRows:
+    """Puts row numbers into the training batches, and takes them out again before the model sees them.
+
+    Args:
+        engine: of the run.
+        loader: of the training set; its batches carry row numbers until :meth:`remove`.
+
+    Attributes:
+        number: of rows, 0 where there are none (streamed data).
+    """
+
+    def __init__(self, engine: MetaIADA, loader: Any) -> None:
+        self.engine = engine
+        numbered = number_samples(loader)
+        self.number, self._undo = numbered or (0, None)
+        self._ids: Tensor | None = None
+        # Before all other hooks on the model, whose forward pass does not know this argument.
+        self._hook = engine.model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True)
+
+    def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module.training and torch.is_grad_enabled() and not self.engine.capture.busy:
+            self._ids = kwargs.get(SAMPLE_IDS)
+        if SAMPLE_IDS not in kwargs:
+            return None
+        return args, {k: v for k, v in kwargs.items() if k != SAMPLE_IDS}
+
+    def take(self) -> Any:
+        """What the training batch that the model has just seen carried: row numbers ``[N]``, or ``None``."""
+        ids, self._ids = self._ids, None
+        return ids
+
+    def remove(self) -> None:
+        """Take the row numbers off the loader's batches, and the hook off the model."""
+        self._hook.remove()
+        if self._undo is not None:
+            self._undo()
