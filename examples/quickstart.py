@@ -19,23 +19,24 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, meta_dataloader
+from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, with_row_ids
 from iada_plugin.data import noisy_labels
 from iada_plugin.metrics import auroc
 
 
 def make_data(seed: int) -> dict[str, torch.Tensor]:
-    """Digits of 8 x 8 pixels: a noisy training set, a small clean meta set (ten of each digit), a test set."""
+    """Digits of 8 x 8 pixels: a noisy training set, of which ten of each digit were checked, and a test set."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)
     order = np.random.default_rng(seed).permutation(len(labels))
     test, rest = order[:360], order[360:]
-    meta, train = (rest[rows] for rows in balanced_meta_split(labels[rest], per_group=10, seed=seed))
-    # Somebody mistook 30 % of each digit for one other digit, always the same.
-    noisy, _ = noisy_labels(labels[train], "flip1", 0.3, seed=seed)
+    # Somebody mistook 30 % of each digit for one other digit, always the same. Then ten of each digit were checked.
+    noisy, _ = noisy_labels(labels[rest], "flip1", 0.3, seed=seed)
+    noisy, trusted = torch.tensor(noisy), balanced_meta_split(labels[rest], per_group=10, seed=seed)[0]
+    noisy[trusted] = labels[rest][trusted]
     return {
-        "x": images[train], "y": torch.tensor(noisy), "true": labels[train], "meta_x": images[meta], "meta_y": labels[meta],
+        "x": images[rest], "y": noisy, "true": labels[rest], "trusted": torch.tensor(trusted),
         "test_x": images[test], "test_y": labels[test],
     }  # fmt: skip
 
@@ -51,23 +52,21 @@ def make_model(seed: int) -> nn.Module:
 def train(data: dict[str, torch.Tensor], epochs: int, seed: int, use_iada: bool) -> tuple[nn.Module, Report | None]:
     model = make_model(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
-    rows = torch.arange(len(data["y"]))
-    loader = DataLoader(TensorDataset(data["x"], data["y"], rows), batch_size=32, shuffle=True)
+    samples = TensorDataset(data["x"], data["y"])
+    loader = DataLoader(with_row_ids(samples), batch_size=32, shuffle=True)
     criterion, report = F.cross_entropy, None
     if use_iada:
-        meta = TensorDataset(data["meta_x"], data["meta_y"])
-        # 1. The criterion. It learns on the meta set how to perturb each training sample, after a warm-up of plain training:
-        # a short one here, before the network has learned the wrong labels by heart.
+        # 1. The criterion. The trusted rows show it what a right label looks like; labels that do not look so are let go.
         criterion = MetaIADA(
-            model, optimizer, meta_loader=meta_dataloader(meta, 100, seed), class_counts=torch.bincount(data["y"]),
-            steps_per_epoch=len(loader), epochs=epochs, config=IADAConfig(warmup_ratio=0.25, seed=seed),
+            model, optimizer, train_set=samples, trusted_rows=data["trusted"], steps_per_epoch=len(loader), epochs=epochs,
+            config=IADAConfig(seed=seed),
         )  # fmt: skip
         # 2. The report, which looks on. (true_labels are known here because the noise is made; leave them out otherwise.)
         report = Report(criterion, true_labels=data["true"], samples=data["x"])
     for _ in tqdm(range(epochs), desc="Meta-IADA" if use_iada else "cross-entropy"):
         model.train()
         for x, y, ids in loader:
-            # 3. The loss: `ids`, the row numbers, are for the report only.
+            # 3. The loss, with the row numbers of the batch.
             loss = criterion(model(x), y, ids=ids) if use_iada else criterion(model(x), y)
             optimizer.zero_grad()
             loss.backward()
@@ -86,7 +85,7 @@ def main() -> None:
     data = make_data(args.seed)
     wrong = (data["y"] != data["true"]).numpy()
     print(
-        f"{len(data['y'])} training images, {wrong.sum()} of them with a wrong label; {len(data['meta_y'])} clean meta images."
+        f"{len(data['y'])} training images, {wrong.sum()} of them with a wrong label; {len(data['trusted'])} were checked."
     )
 
     found = {}
