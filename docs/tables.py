@@ -1,12 +1,13 @@
 """Write the tables of the pages in docs/: settings from `IADAConfig`, figures from benchmarks/results.
 
-python docs/tables.py
+python docs/tables.py [--check]
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,49 @@ def suspects() -> str:
     return f"{_benchmark('suspects').render(result, None)}\n\n{_made_by(result)}"
 
 
+def results() -> str:
+    """benchmarks/accuracy.py: a task a row. Bold: the best, where its difference to the second, paired over the seeds, is more than
+    two standard errors."""
+    accuracy = _benchmark("accuracy")
+    runs = accuracy.read(RESULTS / "accuracy_cpu.jsonl")
+    lines = ["| task | cross-entropy | Meta-IADA | best other method |", "|---|---|---|---|"]
+    for task, (title, metric) in _TASKS.items():
+        values: dict[str, dict[int, float]] = {}
+        for run in runs:
+            if run["scenario"] == task and run["metrics"].get(metric) is not None:
+                values.setdefault(run["method"], {})[run["seed"]] = 100 * run["metrics"][metric]
+        values = {m: v for m, v in values.items() if len(v) >= 3}
+        mean = {m: statistics.mean(v.values()) for m, v in values.items()}
+        ranked = sorted(mean, key=mean.get, reverse=True)  # type: ignore[arg-type]
+        best, second = ranked[:2]
+        seeds = sorted(values[best].keys() & values[second].keys())
+        gaps = [values[best][s] - values[second][s] for s in seeds]
+        clear = statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
+        other = max((m for m in mean if m not in ("ce", "iada")), key=mean.get, default=None)  # type: ignore[arg-type]
+
+        def cell(m: str | None, mean: dict[str, float] = mean, best: str = best, clear: bool = clear) -> str:
+            if m is None or m not in mean:
+                return ""
+            name = "" if m in ("ce", "iada") else f" ({accuracy.METHODS[m].title})"
+            return (f"**{mean[m]:.1f}**" if m == best and clear else f"{mean[m]:.1f}") + name
+
+        lines.append(f"| {title} | {cell('ce')} | {cell('iada')} | {cell(other)} |")
+    return "\n".join(lines)
+
+
+#: Tasks of README's table, and what they are measured by.
+_TASKS = {
+    "cifar10_flip2_40": ("CIFAR-10, 40 % wrong labels in pairs of classes", "accuracy"),
+    "cifar10n_worst": ("CIFAR-10N, 40 % human noise", "accuracy"),
+    "cifar10_lt": ("CIFAR10-LT 100:1", "accuracy"),
+    "reuters52": ("Reuters R52, mean of classes", "macro_accuracy"),
+    "colored_mnist": ("Colored MNIST, worst group", "worst_group"),
+    "hatexplain": ("HateXplain, worst group", "worst_group"),
+    "cifar10_balanced": ("CIFAR-10, balanced and clean", "accuracy"),
+}
+
 BLOCKS = {
+    ROOT / "README.md": [results],
     ROOT / "docs" / "settings.md": [settings],
     ROOT / "docs" / "cost.md": [step_cost, step_cost_gpu, logits_cost, report_cost, approximations],
     ROOT / "docs" / "long_runs.md": [soak],
@@ -130,4 +173,7 @@ def filled(page: Path) -> str:
 
 if __name__ == "__main__":
     for page in BLOCKS:
-        page.write_text(filled(page))
+        if "--check" not in sys.argv:
+            page.write_text(filled(page))
+        elif page.read_text() != filled(page):
+            raise SystemExit(f"{page.name} is not up to date: python docs/tables.py")

@@ -120,7 +120,6 @@ def head_hypergradient(
 @torch.no_grad()
 def pull_gradient(
     problem: HeadProblem,
-    epsilon: Tensor,
     ends: tuple[Tensor | float, Tensor | float],
     covariance: Tensor | Covariance,
     log_prior: Tensor,
@@ -131,14 +130,13 @@ def pull_gradient(
     """What takes the place of :func:`head_hypergradient`'s first result where the loss is measured per unit of pull.
 
     The meta gradient of a mean loss rewards a larger step: pulling harder at every sample always lowers the meta loss of one virtual
-    step. So with D_i the derivative of sample i's loss along the tangent, and P_i = 1 - q_iy its pull, what is differentiated is
-    sum D / sum P, which is blind to the size of the step. And since softmax saturates (the derivative vanishes for a wrong label of
-    which the model is certain) it is the secant over the whole range of epsilon: with d the difference between its ends,
-    ``g_i = dD_i - (sum D / sum P) dP_i``, over its root mean square.
+    step. So with D_i the derivative of sample i's loss along the tangent, and P_i = 1 - q_iy its pull, a sample is compared with what a
+    unit of pull is worth on average: ``g_i = dD_i - (sum dD / sum dP) dP_i``, over its root mean square; its sum is zero, so that
+    nothing is gained by pulling harder, or less, at all samples alike. And since softmax saturates (the derivative vanishes for a wrong
+    label of which the model is certain), d is the secant over the whole range of epsilon: the difference between its ends.
 
     Args:
         problem, covariance, log_prior, alpha, beta, sample_weight: as there.
-        epsilon: ``[N]``, at which the two sums are taken.
         ends: lowest and highest epsilon.
 
     Returns:

@@ -264,7 +264,6 @@ def _pull_objective(learner: MetaLearner, problem: hg.HeadProblem, epsilon: Tens
     low, high = config.epsilon_range
     g = hg.pull_gradient(
         problem,
-        epsilon.detach() * size,
         (low * size, high * size),
         head.class_covariance,
         head.log_prior,
