@@ -212,7 +212,7 @@ def launch(script, *arguments, world=2, torchrun=None):
 TRAINER = """
 import sys
 import torch
-import conftest, test_callback as here
+import conftest, trainers as here
 from models import distilbert
 
 folder, kind = sys.argv[1], sys.argv[2]
@@ -244,7 +244,7 @@ if t.args.process_index == 0 or kind == "few":
 @pytest.mark.parametrize("kind", ["default", "off", "ignores"])
 def test_trainer_under_torchrun(tmp_path, kind):
     """Also where the Trainer multiplies the loss by the number of processes, and for a model that leaves that alone."""
-    from test_callback import adds_up_micro_batches
+    from trainers import adds_up_micro_batches
 
     if adds_up_micro_batches():
         pytest.skip("this Trainer (4.46) adds up the losses of micro-batches, whatever the loss")
