@@ -188,7 +188,9 @@ def test_processes_equal_one(tmp_path, world):
         gap = {k: float((one[k].double() - first[k].double()).abs().max()) for k in one}
         exact = kind == torch.float64
         parameters = max(v for k, v in gap.items() if k.startswith("model."))
-        print(f"{name}, {world} processes: parameters {parameters:.1e}, Omega {gap['omega.perturbation.output.weight']:.1e}")
+        print(
+            f"{name}, {world} processes: parameters {parameters:.1e}, Omega {gap['omega.perturbation.output.weight']:.1e}"
+        )
         assert parameters <= (1e-8 if exact else 1e-5), (name, parameters)
         for key, value in gap.items():
             if exact or key.startswith(("statistics.head.", "iada/", "samples.", "counts.", "rows")):
