@@ -126,7 +126,7 @@ def results() -> str:
         seeds = sorted(values[best].keys() & values[second].keys())
         gaps = [values[best][s] - values[second][s] for s in seeds]
         clear = statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
-        other = max((m for m in mean if m not in ("ce", "iada")), key=mean.get, default=None)  # type: ignore[arg-type]
+        other = max((m for m in mean if m != "ce" and not m.startswith("iada")), key=mean.get, default=None)  # type: ignore[arg-type]
 
         def cell(m: str | None, mean: dict[str, float] = mean, best: str = best, clear: bool = clear) -> str:
             if m is None or m not in mean:

@@ -97,7 +97,7 @@ def loop(folder, schedule):
 
 
 def trainer(folder):
-    import test_callback as here
+    import trainers as here
     from transformers import TrainerCallback, __version__
 
     from iada_plugin import last_complete_checkpoint

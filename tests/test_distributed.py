@@ -24,6 +24,8 @@ except ImportError:
 
 ROOT = Path(__file__).parents[1]
 STEPS, WARMUP = 22, 2
+#: From 0 a direction's sign hangs on the last bit of float32 in one step of the run "float32 online".
+SEED = 1
 
 
 def mlp_batches(dtype):
@@ -62,8 +64,7 @@ RUNS = {
 
 def train(rank, world, name):
     kind, settings = RUNS[name]
-    # With seed 0 the sign of one coordinate of a perturbation is decided by rounding in float32, and so differs on some processors.
-    torch.manual_seed(1)
+    torch.manual_seed(SEED)
     model = distilbert(3) if kind == "bert" else MLP().to(kind)
     batches, meta = bert_batches() if kind == "bert" else mlp_batches(kind)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -221,7 +222,7 @@ def launch(script, *arguments, world=2, torchrun=None):
 TRAINER = """
 import sys
 import torch
-import conftest, test_callback as here
+import conftest, trainers as here
 from models import distilbert
 
 folder, kind = sys.argv[1], sys.argv[2]
@@ -253,7 +254,7 @@ if t.args.process_index == 0 or kind == "few":
 @pytest.mark.parametrize("kind", ["default", "off", "ignores"])
 def test_trainer_under_torchrun(tmp_path, kind):
     """Also where the Trainer multiplies the loss by the number of processes, and for a model that leaves that alone."""
-    from test_callback import adds_up_micro_batches
+    from trainers import adds_up_micro_batches
 
     if adds_up_micro_batches():
         pytest.skip("this Trainer (4.46) adds up the losses of micro-batches, whatever the loss")

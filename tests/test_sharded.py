@@ -219,7 +219,7 @@ def test_deepspeed_stages_1_and_2(tmp_path):
 FSDP_TRAINER = """
 import sys
 import torch
-import conftest, test_callback as here
+import conftest, trainers as here
 from models import distilbert
 
 folder, mode = sys.argv[1], sys.argv[2]

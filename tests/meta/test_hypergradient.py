@@ -57,7 +57,7 @@ def run(
     classes = int(train["labels"].max()) + 1
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     config = IADAConfig(warmup_epochs=1, meta_every=1, hypergradient=mode, schedule=schedule, covariance=covariance, meta_lr=0.0,
-                        perturbation_scale="unit", perturbation_size=1.0, fixed_shift=fixed_shift)  # fmt: skip
+                        perturbation_scale="unit", perturbation_size=1.0, fixed_shift=fixed_shift).resolved(False)  # fmt: skip
     meta_pair = ({k: v for k, v in meta.items() if k != "labels"}, meta["labels"])
     if name != "distilbert":
         meta_pair = (meta["x"], meta["labels"])

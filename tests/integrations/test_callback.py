@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,51 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from models import distilbert, tokens
 from safetensors.torch import load_file
+from trainers import SAVING, adds_up_micro_batches, arguments, callback, dataset, gap, trainer, weights
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from iada_plugin import IADAConfig, MetaIADACallback, last_complete_checkpoint
 from iada_plugin.integrations.checkpoint import STATE_FILE
 from iada_plugin.integrations.trainer import _check_arguments
-
-
-def dataset(n=32, num_labels=2, seed=0, **extra):
-    columns = {k: v.tolist() for k, v in tokens(n, num_labels, seed=seed).items()}
-    return Dataset.from_dict({**columns, **{k: [v] * n for k, v in extra.items()}})
-
-
-def arguments(folder, **options):
-    options = {"per_device_train_batch_size": 8, "max_steps": 8, "logging_steps": 1, "report_to": [], "use_cpu": True,
-               "save_strategy": "no", "learning_rate": 1e-2, "disable_tqdm": True, "optim": "adamw_torch", **options}  # fmt: skip
-    return TrainingArguments(str(folder), **options)
-
-
-def trainer(folder, callback=None, model=None, train=None, seed=0, **options):
-    torch.manual_seed(seed)
-    model = model or distilbert(dropout=options.pop("dropout", 0.1), attention="sdpa")
-    evaluate = dataset(16, seed=3) if options.pop("evaluate", False) else None
-    return Trainer(
-        model=model,
-        args=arguments(folder, **options),
-        train_dataset=train or dataset(),
-        eval_dataset=evaluate,
-        callbacks=[callback] if callback else None,
-    )
-
-
-def callback(meta=None, **config):
-    options = {k: config.pop(k) for k in ("class_counts", "resume_from", "classifier") if k in config}
-    return MetaIADACallback(meta or dataset(8, seed=7), IADAConfig(**{"warmup_epochs": 1, **config}), **options)
-
-
-def weights(model):
-    return {k: v.clone() for k, v in model.state_dict().items()}
-
-
-def gap(a, b):
-    return max(float((a[k] - b[k]).abs().max()) for k in a)
 
 
 def test_neutral_settings_follow_cross_entropy(tmp_path):
@@ -108,11 +71,6 @@ def test_evaluation_stays_cross_entropy(tmp_path):
     t.add_callback(Check())
     t.train()
     assert seen["found"] == pytest.approx(seen["expected"], abs=1e-5)
-
-
-def adds_up_micro_batches():
-    divides = r"loss = loss / self\.\w*\.?\w*gradient_accumulation_steps"
-    return not re.search(divides, inspect.getsource(Trainer.training_step))
 
 
 def test_the_loss_is_scaled_over_micro_batches(tmp_path):
@@ -354,8 +312,6 @@ def test_auto_find_batch_size(tmp_path, kind):
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
-SAVING = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 10}
-
 
 def test_resume_is_bit_identical(tmp_path):
     whole = trainer(tmp_path / "a", callback(), **SAVING)
@@ -382,7 +338,7 @@ def test_resume_is_bit_identical(tmp_path):
 KILLED = """
     import os, signal, sys
     sys.path[:0] = [{tests!r}, {root!r}]
-    import conftest, test_callback as here  # the same number of threads
+    import conftest, trainers as here  # the same number of threads
     from iada_plugin.integrations import trainer as module
 
     real = module.os.replace
@@ -399,7 +355,7 @@ def test_killed_between_the_trainers_checkpoint_and_ours(tmp_path):
     """The Trainer's checkpoint is written and older ones are deleted; the state still waits beside it."""
     here = Path(__file__).resolve()
     script = textwrap.dedent(
-        KILLED.format(tests=str(here.parent), root=str(here.parents[1]), folder=str(tmp_path / "b"))
+        KILLED.format(tests=str(here.parents[1]), root=str(here.parents[2]), folder=str(tmp_path / "b"))
     )
     process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]

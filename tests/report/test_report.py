@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from models import MLP
+from models import MLP, distilbert
 from PIL import Image
 from sklearn.metrics import precision_recall_curve, roc_auc_score
-from test_callback import arguments, dataset, distilbert, trainer
+from trainers import arguments, dataset, trainer
 from transformers import Trainer, TrainerCallback
 
 from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback, Report, metrics
@@ -33,7 +33,7 @@ from iada_plugin.report.recorder import Recorder
 from iada_plugin.report.streams import Curve, Reservoir
 from iada_plugin.step import Step
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 N, C, BATCH, PER_EPOCH = 60, 3, 10, 6
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import MLP, ConvNet
-from test_engine import fit, images, make, same, vectors
+from training import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, MetaIADA
 from iada_plugin.functional import covariance as covariances

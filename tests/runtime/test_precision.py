@@ -272,7 +272,7 @@ def test_a_step_that_the_scaler_skips(schedule, micro, order):
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_trainer_on_a_gpu(tmp_path, options):
-    import test_callback as here
+    import trainers as here
 
     moved = []
     for chosen in ({}, options):

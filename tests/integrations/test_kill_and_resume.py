@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from iada_plugin import IADAConfig, MetaIADA
 from iada_plugin.runtime.batches import meta_dataloader
 
-SCRIPT = Path(__file__).resolve().with_name("killable.py")
+SCRIPT = Path(__file__).resolve().parents[1] / "killable.py"
 
 
 def moment(dice, first, last, in_write):

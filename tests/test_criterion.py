@@ -1,6 +1,7 @@
 """The criterion in plain loops."""
 
 import copy
+import pickle
 import random
 import warnings
 
@@ -11,46 +12,13 @@ import torch.nn.functional as F
 from models import MLP, ConvNet, distilbert, tokens
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from training import fit, images, make, same, vectors
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA
 from iada_plugin.meta.schedules import Lookahead, Online
 from iada_plugin.perturbation.network import PerturbationNetwork
 
 NEUTRAL = {"alpha": 0.0, "beta": 0.0, "meta_lr": 1e-30}
-
-
-def images(n=12, classes=4, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 3, 8, 8, generator=generator), torch.arange(n) % classes
-
-
-def vectors(n=16, classes=3, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n, 6, generator=generator), torch.arange(n) % classes
-
-
-def make(model, meta, *, warmup=1, steps=1, epochs=10, lr=0.1, counts=None, optimizer=None, **config):
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
-    iada = MetaIADA(model, optimizer, meta_loader=[meta], class_counts=counts, steps_per_epoch=steps, epochs=epochs,
-                    config=IADAConfig(warmup_epochs=warmup, **config))  # fmt: skip
-    return iada, optimizer
-
-
-def fit(model, criterion, optimizer, batches, autocast=False):
-    model.train()
-    losses = []
-    for x, y in batches:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = criterion(model(x), y)
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    return losses
-
-
-def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
 @pytest.mark.parametrize("mode", ["finite_difference", "forward", "head"])
@@ -70,27 +38,43 @@ def test_neutral_settings_train_as_cross_entropy_bit_for_bit(mode, schedule):
     assert iada.meta_batches.drawn == 5
 
 
+def clusters(n, seed, wrong=0.0):
+    """Three classes, of whose labels a share is wrong."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    x = torch.randn(n, 6, generator=generator) + 2.0 * F.one_hot(y, 6)
+    return x, torch.where(torch.rand(n, generator=generator) < wrong, (y + 1) % 3, y)
+
+
 def test_the_whole_step_improves_on_the_meta_set_and_moves_everything():
-    model = MLP()
-    iada, optimizer = make(model, vectors(seed=1), counts=[8, 4, 4], meta_lr=0.05)
-    fit(model, iada, optimizer, [vectors(seed=0)])
-    sigma = iada.head.covariance.clone()
-    metrics = iada.pop_metrics()
-    assert metrics == {}  # warm-up
-    fit(model, iada, optimizer, [vectors(seed=0)] * 8)
-    metrics = iada.pop_metrics()
-    assert {
-        "iada/epsilon_mean",
-        "iada/epsilon_std",
-        "iada/adversarial_ratio",
-        "iada/meta_loss",
-        "iada/epsilon_mean/2",
-    } <= set(metrics)
-    assert metrics["iada/epsilon_mean"] != 0 and -1 < metrics["iada/epsilon_mean"] < 1
-    assert not torch.equal(sigma, iada.head.covariance)
-    assert torch.linalg.eigvalsh(iada.head.covariance).min() > -1e-6
-    torch.testing.assert_close(iada.head.covariance, iada.head.covariance.mT)
-    assert iada.step == 9
+    """Against the same training with steps of neither, of Omega alone and of Sigma alone. Two labels in five are wrong."""
+    train, meta, fresh = clusters(48, 0, wrong=0.4), clusters(24, 1), clusters(600, 7)
+    losses = {}
+    for name, rates in {"neither": (0.0, 0.0), "omega": (0.02, 0.0), "sigma": (0.0, 0.1), "both": (0.02, 0.1)}.items():
+        torch.manual_seed(0)
+        model = MLP()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        iada, _ = make(model, meta, optimizer=optimizer, counts=[1, 1, 1], epochs=40, meta_every=1, meta_lr=rates[0],
+                       covariance_lr=rates[1])  # fmt: skip
+        fit(model, iada, optimizer, [train])
+        assert iada.pop_metrics() == {}  # warm-up
+        sigma, omega = iada.head.covariance.clone(), iada.learner.perturbation.output.weight.clone()
+        fit(model, iada, optimizer, [train] * 39)
+        metrics = iada.pop_metrics()
+        wanted = {"iada/epsilon_mean", "iada/epsilon_std", "iada/adversarial_ratio", "iada/epsilon_mean/2"}
+        assert wanted <= set(metrics) and ("iada/meta_loss" in metrics) == (name != "neither")
+        assert torch.equal(omega, iada.learner.perturbation.output.weight) == (rates[0] == 0)
+        assert torch.equal(sigma, iada.head.covariance) == (rates[1] == 0)
+        assert (metrics["iada/epsilon_std"] > 0.1) == (rates[0] > 0) and abs(metrics["iada/epsilon_mean"]) < 1
+        assert torch.linalg.eigvalsh(iada.head.covariance).min() > -1e-6
+        torch.testing.assert_close(iada.head.covariance, iada.head.covariance.mT)
+        assert iada.step == 40
+        model.eval()
+        with torch.no_grad():
+            losses[name] = [float(F.cross_entropy(model(x), y)) for x, y in (meta, fresh)]
+    for kind, neither in enumerate(losses["neither"]):  # of the meta set, and of samples that nobody has seen
+        assert losses["omega"][kind] < 0.9 * neither and losses["sigma"][kind] < 0.95 * neither
+        assert losses["both"][kind] < 0.8 * neither
 
 
 @pytest.mark.parametrize("warmup", [4, 0])
@@ -772,3 +756,161 @@ def test_prior_in_the_warmup_is_logit_adjustment():
             optimizer.step()
             seen += torch.bincount(y, minlength=3)
         iada.close()
+
+
+# ------------------------------------------------------------------------------------------- a module among modules
+
+
+class Owner(nn.Module):
+    """As a user's module that holds its criterion."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.criterion = None
+
+    def forward(self, x):
+        return self.model(x)
+
+    def training_step(self, batch, batch_idx=0):
+        x, y = batch
+        return self.criterion(self(x), y)
+
+    def configure_optimizers(self):
+        return self.criterion.optimizer
+
+
+def lightning_owner(model):
+    """The same as a LightningModule."""
+    lightning = pytest.importorskip("lightning")
+
+    class LightningOwner(lightning.LightningModule):
+        forward, training_step, configure_optimizers = Owner.forward, Owner.training_step, Owner.configure_optimizers
+
+    LightningOwner.__qualname__ = "LightningOwner"
+    globals()["LightningOwner"] = LightningOwner  # where pickle looks for it
+    owner = LightningOwner()
+    owner.model, owner.criterion = model, None
+    return owner
+
+
+def owned(kind):
+    owner = (Owner if kind == "module" else lightning_owner)(ConvNet(dropout=0.3))
+    names = [n for n, _ in owner.named_parameters()], list(owner.state_dict())
+    owner.criterion, optimizer = make(owner.model, images(seed=9), counts=[1] * 4)
+    return owner, optimizer, names
+
+
+KINDS = pytest.mark.parametrize("kind", ["module", "lightning"])
+
+
+@KINDS
+def test_the_owners_parameters_and_keys_are_those_without_it(kind):
+    owner, optimizer, (parameters, keys) = owned(kind)
+    fit(owner.model, owner.criterion, optimizer, [images(seed=s) for s in range(4)])
+    assert isinstance(owner.criterion, nn.Module)
+    assert [n for n, _ in owner.named_parameters()] == parameters and list(owner.state_dict()) == keys
+    assert len(list(owner.parameters())) == len(parameters) == len(list(owner.model.parameters()))
+    assert not list(owner.criterion.parameters()) and not list(owner.criterion.buffers())
+    assert not list(owner.criterion.children())
+    state = {k: v + 1 if v.is_floating_point() else v for k, v in owner.state_dict().items()}
+    own = owner.criterion.state_dict()
+    owner.load_state_dict(state, strict=True)
+    assert all(torch.equal(v, state[k]) for k, v in owner.state_dict().items())
+    assert all(torch.equal(v, own[k]) for k, v in owner.criterion.state_dict().items())  # is loaded by itself
+    owner.criterion.close()
+    assert list(owner.state_dict()) == keys
+
+
+@KINDS
+def test_moves_and_modes_of_the_owner(kind):
+    owner, optimizer, _ = owned(kind)
+    batch = images(seed=0)
+    model, head = owner.criterion.model, owner.criterion.head
+    assert owner.to("cpu") is owner and owner.train() is owner and owner.float() is owner
+    assert owner.criterion.model is model and owner.criterion.head is head
+    fit(owner.model, owner.criterion, optimizer, [batch] * 3)
+    owner.eval()
+    assert not owner.criterion.training and not owner.model.training
+    with torch.no_grad():
+        assert torch.equal(owner.training_step(batch), F.cross_entropy(owner(batch[0]), batch[1]))
+    owner.zero_grad()
+    owner.requires_grad_(True)
+    owner.apply(lambda module: None)
+    owner.train()
+    assert owner.criterion.training and owner.training_step(batch).requires_grad and owner.criterion.step == 3
+
+
+@KINDS
+def test_a_copy_of_the_owner_evaluates(kind):
+    owner, optimizer, _ = owned(kind)
+    batches = [images(seed=s) for s in range(6)]
+    fit(owner.model, owner.criterion, optimizer, batches[:3])
+    twin = copy.deepcopy(owner)
+    (x, y), before = images(seed=7), copy.deepcopy(owner.criterion.state_dict())
+    twin.eval()
+    with torch.no_grad():
+        assert torch.equal(twin.training_step((x, y)), F.cross_entropy(twin(x), y))
+        assert torch.equal(copy.deepcopy(twin).training_step((x, y)), F.cross_entropy(twin(x), y))
+    twin.train()
+    with pytest.raises(RuntimeError, match=r"copy of a MetaIADA.*make a new one"):
+        twin.training_step((x, y))
+    assert [n for n, _ in twin.named_parameters()] == [n for n, _ in owner.named_parameters()]
+    assert list(twin.state_dict()) == list(owner.state_dict())
+    assert all(torch.equal(v, before[k]) for k, v in owner.criterion.state_dict().items())
+    fit(owner.model, owner.criterion, optimizer, batches[3:])  # the original goes on
+    assert owner.criterion.step == 6 and owner.criterion.failures.skipped == 0
+
+
+@KINDS
+def test_the_owner_cannot_be_pickled(kind, tmp_path):
+    owner, _, _ = owned(kind)
+    with pytest.raises(TypeError, match=r"cannot be pickled.*save iada\.state_dict\(\)"):
+        torch.save(owner, tmp_path / "owner.pt")
+    with pytest.raises(TypeError, match=r"cannot be pickled.*save iada\.state_dict\(\)"):
+        pickle.dumps(owner.criterion)
+    with pytest.raises(TypeError, match="pickled"):
+        pickle.dumps(owner)
+    torch.save(owner.state_dict(), tmp_path / "state.pt")
+    torch.save(owner.criterion.state_dict(), tmp_path / "criterion.pt")
+
+
+@KINDS
+def test_training_through_the_owner_is_training_with_a_bare_criterion(kind):
+    results = []
+    batches = [images(seed=s) for s in range(6)]
+    for bare in (True, False):
+        torch.manual_seed(3)
+        owner, optimizer, _ = owned(kind)
+        owner.train()
+        torch.manual_seed(5)
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = owner.criterion(owner.model(batch[0]), batch[1]) if bare else owner.training_step(batch, 0)
+            loss.backward()
+            optimizer.step()
+        results.append({**owner.state_dict(), **owner.criterion.state_dict(), "loss": loss.detach()})
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(v, results[1][k]) for k, v in results[0].items())
+
+
+def test_lightnings_trainer_trains_as_a_loop():
+    lightning = pytest.importorskip("lightning")
+    batches = [images(seed=s) for s in range(6)]
+    torch.manual_seed(3)
+    plain, optimizer, _ = owned("module")
+    torch.manual_seed(5)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)  # which draws a seed for its workers
+    fit(plain.model, plain.criterion, optimizer, loader)
+    torch.manual_seed(3)
+    owner, _, _ = owned("lightning")
+    torch.manual_seed(5)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    trainer.fit(owner, loader)
+    assert owner.criterion.step == plain.criterion.step == 6 and owner.criterion.meta_batches.drawn > 0
+    for found, expected in ((owner, plain), (owner.criterion, plain.criterion)):
+        expected = expected.state_dict()
+        assert all(torch.equal(v, expected[k]) for k, v in found.state_dict().items())
