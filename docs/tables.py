@@ -108,33 +108,76 @@ def suspects() -> str:
     return f"{_benchmark('suspects').render(result, None)}\n\n{_made_by(result)}"
 
 
+Seeds = dict[int, float]
+
+
+def _cells(methods: dict[str, Seeds]) -> dict[str, str]:
+    """Mean and standard deviation over the seeds of each method. Bold: the best, where it leads the second by more than two standard
+    errors of the difference, paired over at least three seeds."""
+    mean = {m: statistics.mean(v.values()) for m, v in methods.items()}
+    ranked = sorted(mean, key=lambda m: mean[m], reverse=True)
+    cells = {}
+    for m, v in methods.items():
+        spread = f"±{statistics.stdev(v.values()):.1f}" if len(v) > 1 else " (one seed)"
+        cells[m] = f"{mean[m]:.1f}{spread}"
+    if len(ranked) > 1:
+        first, second = (methods[m] for m in ranked[:2])
+        gaps = [first[s] - second[s] for s in sorted(first.keys() & second.keys())]
+        if len(gaps) >= 3 and statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5:
+            cells[ranked[0]] = f"**{cells[ranked[0]]}**"
+    return cells
+
+
+def _line(cells: list[str]) -> str:
+    """Without spaces at the bars, which README's count of words would take for words."""
+    return f"|{'|'.join(cells)}|"
+
+
 def results() -> str:
-    """benchmarks/accuracy.py: a task a row. Bold: the best, where its difference to the second, paired over the seeds, is more than
-    two standard errors."""
+    """README's results: the table of pretrained models, where there is one, and that of small networks from scratch."""
+    newer = "The form with trusted rows is newer than these runs; its results are not in yet."
+    return f"{_pretrained(RESULTS / 'pretrained_cpu.jsonl') or newer}\n\n{_from_scratch()}"
+
+
+def _pretrained(path: Path) -> str:
+    """Tasks by methods, from lines {"task", "method", "seed", "metric", "value"}; shares become percent. Nothing without the file."""
+    if not path.is_file():
+        return ""
+    titles = {name: method.title for name, method in _benchmark("accuracy").METHODS.items()}
+    rows: dict[tuple[str, str], dict[str, Seeds]] = {}
+    methods: list[str] = []
+    for line in filter(str.strip, path.read_text().splitlines()):
+        run = json.loads(line)
+        if run["value"] is None:
+            continue
+        rows.setdefault((run["task"], run["metric"]), {}).setdefault(run["method"], {})[run["seed"]] = float(run["value"])
+        if run["method"] not in methods:
+            methods.append(run["method"])
+    head = ["pretrained models", *(titles.get(m, m) for m in methods)]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for (task, metric), found in rows.items():
+        scale = 100 if max(abs(v) for seeds in found.values() for v in seeds.values()) <= 1 else 1
+        cells = _cells({m: {s: scale * v for s, v in seeds.items()} for m, seeds in found.items()})
+        lines.append(_line([f"{task}, {metric.replace('_', ' ')}", *(cells.get(m, "") for m in methods)]))
+    return "\n".join(lines)
+
+
+def _from_scratch() -> str:
+    """benchmarks/accuracy.py, CPU size: a task a row."""
     accuracy = _benchmark("accuracy")
     runs = accuracy.read(RESULTS / "accuracy_cpu.jsonl")
-    lines = ["| task | cross-entropy | Meta-IADA | best other method |", "|---|---|---|---|"]
+    head = ["small networks from scratch", "cross-entropy", "Meta-IADA, separate meta set", "best other method"]
+    lines = [_line(head), _line(["---"] * len(head))]
     for task, (title, metric) in _TASKS.items():
-        values: dict[str, dict[int, float]] = {}
+        found: dict[str, Seeds] = {}
         for run in runs:
             if run["scenario"] == task and run["metrics"].get(metric) is not None:
-                values.setdefault(run["method"], {})[run["seed"]] = 100 * run["metrics"][metric]
-        values = {m: v for m, v in values.items() if len(v) >= 3}
-        mean = {m: statistics.mean(v.values()) for m, v in values.items()}
-        ranked = sorted(mean, key=mean.get, reverse=True)  # type: ignore[arg-type]
-        best, second = ranked[:2]
-        seeds = sorted(values[best].keys() & values[second].keys())
-        gaps = [values[best][s] - values[second][s] for s in seeds]
-        clear = statistics.mean(gaps) > 2 * statistics.stdev(gaps) / len(gaps) ** 0.5
-        other = max((m for m in mean if m != "ce" and not m.startswith("iada")), key=mean.get, default=None)  # type: ignore[arg-type]
-
-        def cell(m: str | None, mean: dict[str, float] = mean, best: str = best, clear: bool = clear) -> str:
-            if m is None or m not in mean:
-                return ""
-            name = "" if m in ("ce", "iada") else f" ({accuracy.METHODS[m].title})"
-            return (f"**{mean[m]:.1f}**" if m == best and clear else f"{mean[m]:.1f}") + name
-
-        lines.append(f"| {title} | {cell('ce')} | {cell('iada')} | {cell(other)} |")
+                found.setdefault(run["method"], {})[run["seed"]] = 100 * run["metrics"][metric]
+        cells = _cells(found)
+        others = [m for m in found if m != "ce" and not m.startswith("iada")]
+        best = max(others, key=lambda m: statistics.mean(found[m].values()), default=None)
+        other = "" if best is None else f"{cells[best]} ({accuracy.METHODS[best].title})"
+        lines.append(_line([title, cells["ce"], cells["iada"], other]))
     return "\n".join(lines)
 
 
@@ -171,9 +214,15 @@ def filled(page: Path) -> str:
     return text
 
 
+def stale() -> list[str]:
+    """Pages whose tables are not up to date."""
+    return [page.name for page in BLOCKS if page.read_text() != filled(page)]
+
+
 if __name__ == "__main__":
-    for page in BLOCKS:
-        if "--check" not in sys.argv:
+    if "--check" in sys.argv[1:]:
+        if found := stale():
+            raise SystemExit(f"not up to date: {', '.join(found)}. Run: python docs/tables.py")
+    else:
+        for page in BLOCKS:
             page.write_text(filled(page))
-        elif page.read_text() != filled(page):
-            raise SystemExit(f"{page.name} is not up to date: python docs/tables.py")
