@@ -195,9 +195,9 @@ _TASKS = {
 BLOCKS = {
     ROOT / "README.md": [results],
     ROOT / "docs" / "settings.md": [settings],
-    ROOT / "docs" / "cost.md": [step_cost, step_cost_gpu, logits_cost, report_cost, approximations],
+    ROOT / "docs" / "cost_measured.md": [step_cost, step_cost_gpu, logits_cost, report_cost, approximations],
     ROOT / "docs" / "long_runs.md": [soak],
-    ROOT / "docs" / "report.md": [suspects],
+    ROOT / "docs" / "suspects.md": [suspects],
 }
 
 

@@ -51,6 +51,8 @@ def images_names(tmp_path):
     return {
         "model": model,
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "train": data,
+        "rows": range(8),
         "loader": DataLoader(data, batch_size=8, drop_last=True),
         "validation": DataLoader(data, batch_size=16),
         "meta_loader": DataLoader(data, batch_size=8),
@@ -74,6 +76,18 @@ def loop_names(tmp_path):
         "epochs": 3,
         "network": MLP,
     }
+
+
+def trusted_names(tmp_path):
+    names = loop_names(tmp_path)
+    labels = (np.arange(60) % 3).copy()
+    names["train"] = TensorDataset(torch.randn(60, 6), torch.arange(60) % 3)
+    return {**names, "labels": labels, "corrected_labels": labels[:30], "clean": names["meta"]}
+
+
+def special_names(tmp_path):
+    names = trainer_names(tmp_path)
+    return {**names, "Trainer": Trainer, "callback": MetaIADACallback(names["meta"], IADAConfig.fine_tuning())}
 
 
 def split_names(tmp_path):
@@ -128,8 +142,10 @@ def report_names(tmp_path):
 
 #: What the blocks of a page find: one namespace a page, in which its blocks run one after the other.
 PREPARED = {
+    "examples.md": lambda tmp_path: {"labels": np.arange(200) % 4},
     "extending.md": loop_names,
     "how_it_works.md": pictures_names,
+    "hypergradient_modes.md": loop_names,
     "long_runs.md": resumed_names,
     "meta_set.md": split_names,
     "plain_loop.md": loop_names,
@@ -137,6 +153,9 @@ PREPARED = {
     "settings.md": lambda tmp_path: {},
     "timm.md": images_names,
     "trainer.md": trainer_names,
+    "trainer_special.md": special_names,
+    "trusted_rows.md": trusted_names,
+    "without_meta_set.md": loop_names,
 }
 
 
@@ -156,6 +175,22 @@ def after_trainer(names):
 
 def after_loop(names):
     assert names["accelerator"].num_processes == 1 and names["iada"].step == 2 * names["epochs"]
+
+
+def after_trusted(names):
+    assert len(names["rows"]) == 30 and names["joined_rows"].tolist() == list(range(60, 72))
+    assert names["iada"].reference.histories.visits.tolist() == [names["epochs"]] * 60
+
+
+def after_examples(names):
+    assert len(names["checked"]) == 20 and (names["noisy"] == names["labels"])[names["checked"]].all()
+
+
+def after_timm(names):
+    assert names["trusted"].engine.reference.histories.visits.tolist() == [1] * 16
+
+
+def after_without_meta_set(names):
     assert names["head"].class_count.sum() == 24 * names["epochs"]
 
 
@@ -177,11 +212,15 @@ def after_extending(names):
 
 #: What holds after a page's blocks have run.
 AFTERWARDS = {
+    "examples.md": after_examples,
     "extending.md": after_extending,
     "meta_set.md": after_split,
     "plain_loop.md": after_loop,
     "report.md": after_report,
+    "timm.md": after_timm,
     "trainer.md": after_trainer,
+    "trusted_rows.md": after_trusted,
+    "without_meta_set.md": after_without_meta_set,
 }
 
 
