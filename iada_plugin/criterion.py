@@ -6,6 +6,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -155,7 +156,8 @@ class MetaIADA(Guest):
             labels = labels_of(meta_loader)
             if labels is not None:
                 trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
-                require_all_classes(labels, self.head.out_features, trained)
+                self._check_classes(labels, trained)
+                config = self.config
             self.statistics = Statistics(self.head, config, characteristics)
             if self.warmup.steps == 0:
                 self.statistics.begin_augmentation()
@@ -207,6 +209,16 @@ class MetaIADA(Guest):
             ),
             *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
         )
+
+    def _check_classes(self, labels: Tensor, trained: Tensor | None) -> None:
+        """A meta set without some class would teach to give that up: an error; with trusted rows there is the gate all the same."""
+        try:
+            require_all_classes(labels, self.head.out_features, trained)
+        except ValueError as error:
+            if self.reference is None:
+                raise
+            self.config = replace(self.config, meta_lr=0.0, covariance_lr=0.0)
+            warnings.warn(f"no perturbations in this run, labels are let go all the same: {error}")
 
     def _begin_head(self, linear: nn.Linear) -> None:
         if "_converted_from" in vars(linear):

@@ -26,11 +26,11 @@ def images(*shape):
 def trainer_names(tmp_path):
     args = TrainingArguments(str(tmp_path), max_steps=10, logging_steps=1, per_device_train_batch_size=8, report_to=[], use_cpu=True,
                              save_strategy="no")  # fmt: skip
-    return {"model": distilbert(), "args": args, "train": rows(32, 0), "dev": rows(8, 1), "rows": range(0, 32, 4)}
+    return {"model": distilbert(), "args": args, "train": rows(32, 0), "dev": rows(8, 1), "rows": range(0, 32, 3)}
 
 
 def timm_names(tmp_path):
-    return {"train": images(3, 32, 32), "rows": range(0, 16, 2), "epochs": 5}
+    return {"train": images(3, 32, 32), "rows": range(0, 12), "epochs": 5}
 
 
 def loop_names(tmp_path):
