@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
 from .config import IADAConfig
-from .data.trusted import check_trusted_rows
 from .functional.labels import check_labels, is_soft
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .meta.learner import MetaLearner, mean_loss
@@ -24,22 +22,24 @@ from .meta.tangents import TANGENTS
 from .perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .perturbation.reference import TrustedReference
 from .runtime import state
-from .runtime.batches import MetaBatches, meta_dataloader
+from .runtime.batches import MetaBatches
 from .runtime.capture import Capture, Forward
 from .runtime.checks import check_denominator, check_processes, unwrap_model, unwrap_optimizer, zero_groups
 from .runtime.failures import Failures
+from .runtime.guest import Guest
 from .runtime.labels import labels_of, require_all_classes
 from .runtime.processes import global_mean, on_any_process
 from .runtime.row_ids import check_rows
 from .runtime.sharding import is_fsdp, tie
 from .statistics import Statistics
 from .step import Columns, Step
+from .trusted import with_reference
 from .warmup import WarmUp
 
 logger = logging.getLogger(__name__)
 
 
-class MetaIADA(nn.Module):
+class MetaIADA(Guest):
     """Meta-IADA as a training criterion (Zhou et al., IJCAI 2024; Algorithm 1).
 
     Called as ``loss = iada(model(input), target)``. In warm-up it is the cross-entropy, with the class prior added to the
@@ -137,9 +137,17 @@ class MetaIADA(nn.Module):
         SCHEDULES[config.schedule].check(self.model, config)
         self._parameters_moved = list(parameters.values())
         self._trainable = [p.requires_grad for p in self.model.parameters()]
-        self.reference, meta_loader, class_counts = self._begin_trusted(
-            linear, meta_loader, train_set, trusted_rows, class_counts, epochs
-        )
+        self.reference: TrustedReference | None = None
+        if trusted_rows is not None:
+            self.reference, meta_loader, class_counts = with_reference(
+                *(train_set, trusted_rows, meta_loader, class_counts, linear.out_features, config),
+                *(int(steps_per_epoch), epochs, linear.weight.device),
+            )
+        elif meta_loader is None:
+            raise ValueError(
+                "Meta-IADA needs samples with right labels: pass trusted_rows=, rows of the training set (with train_set=), or"
+                " meta_loader=."
+            )
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
         self._begin_head(linear)
         try:
@@ -148,7 +156,8 @@ class MetaIADA(nn.Module):
             labels = labels_of(meta_loader)
             if labels is not None:
                 trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
-                require_all_classes(labels, self.head.out_features, trained)
+                self._check_classes(labels, trained)
+                config = self.config
             self.statistics = Statistics(self.head, config, characteristics)
             if self.warmup.steps == 0:
                 self.statistics.begin_augmentation()
@@ -201,46 +210,15 @@ class MetaIADA(nn.Module):
             *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
         )
 
-    def _begin_trusted(
-        self,
-        linear: nn.Linear,
-        meta_loader: Iterable[Any] | None,
-        train_set: Any,
-        trusted_rows: Any,
-        class_counts: Sequence[float] | Tensor | None,
-        epochs: float | None,
-    ) -> tuple[TrustedReference | None, Iterable[Any], Sequence[float] | Tensor | None]:
-        """The reference, the loader of meta batches, and the class counts."""
-        config = self.config
-        if trusted_rows is None:
-            if meta_loader is None:
-                raise ValueError(
-                    "Meta-IADA needs samples with right labels: pass trusted_rows=, rows of the training set (with train_set=), or"
-                    " meta_loader=."
-                )
-            return None, meta_loader, class_counts
-        if train_set is None or not hasattr(train_set, "__len__"):
-            raise ValueError(
-                "trusted_rows are rows of the training set: pass it as train_set=, map-style (a streamed one has no row numbers; load"
-                " it, or use meta_loader= without trusted rows)."
-            )
-        labels, num_classes = labels_of(train_set), linear.out_features
-        rows = check_trusted_rows(trusted_rows, len(train_set), labels, num_classes)
-        if class_counts is None and labels is not None:
-            class_counts = torch.bincount(labels.long(), minlength=num_classes)
-        if meta_loader is None:
-            size = config.meta_batch_size or 64
-            meta_loader = meta_dataloader(Subset(train_set, rows.tolist()), size, config.seed)
-        reference = TrustedReference(
-            rows,
-            len(train_set),
-            gate=config.gate,
-            level=config.gate_level,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=epochs,
-            device=linear.weight.device,
-        )
-        return reference, meta_loader, class_counts
+    def _check_classes(self, labels: Tensor, trained: Tensor | None) -> None:
+        """A meta set without some class would teach to give that up: an error; with trusted rows there is the gate all the same."""
+        try:
+            require_all_classes(labels, self.head.out_features, trained)
+        except ValueError as error:
+            if self.reference is None:
+                raise
+            self.config = replace(self.config, meta_lr=0.0, covariance_lr=0.0)
+            warnings.warn(f"no perturbations in this run, labels are let go all the same: {error}")
 
     def _begin_head(self, linear: nn.Linear) -> None:
         if "_converted_from" in vars(linear):
@@ -591,42 +569,6 @@ class MetaIADA(nn.Module):
     def _restore_head(self) -> None:
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
             restore_linear(self.head)
-
-    # ------------------------------------------------------------------------------------------- a module among modules
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)  # nothing is registered
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MetaIADA:
-        return self  # the model is moved by its owner; a move after the start is said by the next call
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return _Copy()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(
-            "MetaIADA cannot be pickled, since it holds the model, its optimizer and hooks on both: save iada.state_dict(), and"
-            " load it into a new MetaIADA."
-        )
-
-
-class _Copy(nn.Module):
-    """What stands for a criterion in a copy of its owner."""
-
-    def forward(self, output: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Cross-entropy, for evaluation.
-
-        Raises:
-            RuntimeError: it is trained with.
-        """
-        if torch.is_grad_enabled() and output.requires_grad:
-            raise RuntimeError(
-                "this is a copy of a MetaIADA, which trains the model of the original only: make a new one."
-            )
-        return F.cross_entropy(output, target)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        return copy.copy(self)
 
 
 class _Progress:

@@ -135,6 +135,21 @@ def test_perturbations_begin_where_the_kept_rows_are_fitted():
     assert iada.warmup.open and iada.meta_batches.drawn == 0
 
 
+def test_classes_without_trusted_rows_lose_nothing():
+    """Their rows are judged by those of others, and nothing is learned that would give them up."""
+    torch.manual_seed(0)
+    x, y, _, _ = problem(0.0)
+    model = MLP(hidden=32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data = TensorDataset(x, y)
+    loader = DataLoader(with_row_ids(data), batch_size=24, shuffle=True)
+    with pytest.warns(UserWarning, match="no perturbations in this run"):
+        iada = MetaIADA(model, optimizer, train_set=data, trusted_rows=[i for i in range(90) if i % C], epochs=8,
+                        steps_per_epoch=len(loader))  # fmt: skip
+    train(iada, model, optimizer, loader, 8)
+    assert not (iada.reference.weight == 0).any() and iada.meta_batches.drawn == 0
+
+
 X, Y, _, TRUSTED = problem()
 
 
