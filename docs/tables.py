@@ -150,7 +150,9 @@ def _pretrained(path: Path) -> str:
         run = json.loads(line)
         if run["value"] is None:
             continue
-        rows.setdefault((run["task"], run["metric"]), {}).setdefault(run["method"], {})[run["seed"]] = float(run["value"])
+        rows.setdefault((run["task"], run["metric"]), {}).setdefault(run["method"], {})[run["seed"]] = float(
+            run["value"]
+        )
         if run["method"] not in methods:
             methods.append(run["method"])
     head = ["pretrained models", *(titles.get(m, m) for m in methods)]

@@ -87,7 +87,8 @@ def trusted_names(tmp_path):
 
 def special_names(tmp_path):
     names = trainer_names(tmp_path)
-    return {**names, "Trainer": Trainer, "callback": MetaIADACallback(names["meta"], IADAConfig.fine_tuning())}
+    config = IADAConfig.fine_tuning()
+    return {**names, "Trainer": Trainer, "config": config, "callback": MetaIADACallback(names["meta"], config)}
 
 
 def split_names(tmp_path):
@@ -186,6 +187,11 @@ def after_examples(names):
     assert len(names["checked"]) == 20 and (names["noisy"] == names["labels"])[names["checked"]].all()
 
 
+def after_special(names):
+    assert type(names["trainer"]).__name__ == "Trainer" and names["counts"].tolist() == [16, 16]
+    assert any("iada/meta_loss" in log for log in names["trainer"].state.log_history)
+
+
 def after_timm(names):
     assert names["trusted"].engine.reference.histories.visits.tolist() == [1] * 16
 
@@ -219,6 +225,7 @@ AFTERWARDS = {
     "report.md": after_report,
     "timm.md": after_timm,
     "trainer.md": after_trainer,
+    "trainer_special.md": after_special,
     "trusted_rows.md": after_trusted,
     "without_meta_set.md": after_without_meta_set,
 }
