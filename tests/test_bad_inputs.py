@@ -298,7 +298,8 @@ for name, call, pattern in (
     ("task: steps", lambda: task(steps_per_epoch=0), "steps_per_epoch=0"),
 ):
     row(name, lambda t, call=call: call(), ValueError, pattern)
-for name, data in {"none": None, "generator": iter([1]), "loader": DataLoader(X), "dict": {"train": [1]}, "name": "imdb"}.items():
+row("callback: none", lambda t: MetaIADACallback(None), ValueError, "needs samples with right labels")
+for name, data in {"generator": iter([1]), "loader": DataLoader(X), "dict": {"train": [1]}, "name": "imdb"}.items():
     row(f"callback: {name}", lambda t, d=data: MetaIADACallback(d), TypeError, "it must be a map-style data set")
 for config in ({}, {"alpha": 1}):
     row(f"callback: config {config}", lambda t, c=config: MetaIADACallback([1], c), TypeError, r"pass IADAConfig\(")

@@ -193,13 +193,22 @@ class FactoredGradient(FullCovariance):
         # |G Sigma + Sigma G|^2, of two parts that are not negative.
         change = 2 * ((gram @ moved) * moved).sum((1, 2)) + 2 * (inner * inner.mT).sum((1, 2))
         size = torch.linalg.vector_norm(sigma, dim=(1, 2))
-        step = lr * size / change.clamp_min(0).sqrt().clamp_min(tiny)
-        # Keeps I - t G invertible where Sigma is nearly orthogonal to G.
-        step = torch.minimum(step, 0.5 / norm.clamp_min(tiny))[:, None, None]
+        # Keeps I - t G invertible where Sigma is nearly orthogonal to G. (No smaller divisor: where G is zero, the square of an
+        # infinite step would be no number. Nor one below what |G| can be told by in float32, of the size of D and E.)
+        half = gram.shape[1] // 2
+        sizes = gram.diagonal(dim1=1, dim2=2)
+        told = 1e-4 * (sizes[:, :half].sum(1) * sizes[:, half:].sum(1)).sqrt()
+        largest_step = 0.5 / torch.maximum(norm, told).clamp_min(_SMALLEST)
+        step = lr * size / change.clamp_min(0).sqrt().clamp_min(_SMALLEST)
+        step = torch.minimum(step, largest_step)[:, None, None]
         # G Sigma G = B^T (V M) B, so that Sigma moves by the symmetric part of -2 B^T Z.
         z = step * moved - (0.5 * step.square()) * (_exchanged(inner.mT).mT @ basis)
         found = torch.baddbmm(sigma, basis.mT, z, alpha=-2)
         return (found + transposed(found)).mul_(0.5)
+
+
+#: A divisor whose reciprocal can be squared in float32.
+_SMALLEST = 1e-18
 
 
 def _exchanged(rows: Tensor) -> Tensor:

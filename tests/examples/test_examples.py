@@ -136,7 +136,7 @@ def test_civilcomments_errors_are_one_line(tmp_path):
     for wrong, message in (
         ("alfa=1", "--config alfa=1: give NAME=VALUE"),
         ("alpha", "--config alpha: give NAME=VALUE"),
-        ("alpha=-1", "alpha=-1 must be at least 0"),
+        ("alpha=-1", "alpha=-1 must be None or at least 0"),
         ("schedule=none", "schedule='none'"),
     ):
         out = run("civilcomments.py", "--config", wrong, ok=False)

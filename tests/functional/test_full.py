@@ -134,3 +134,15 @@ def test_no_matrix_of_every_class_is_built():
 def test_transposed():
     m = torch.randn(3, 70, 70)
     assert torch.equal(transposed(m), m.mT)
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    """As of a class whose samples are all certain; beside one that is not zero."""
+    weight, weight_dot = torch.randn(3, 40), torch.randn(3, 40)
+    sigma = torch.eye(40).repeat(2, 1, 1) * torch.tensor([1e6, 1.0])[:, None, None]
+    k = torch.zeros(2, 3)
+    k[1, 2] = 0.5
+    gradient = FullCovariance(sigma).gradient(weight, torch.tensor([0, 1]), k, weight_dot, k)
+    assert type(gradient).__name__ == "FactoredGradient"
+    moved = FullCovariance(sigma).relative_step(gradient, 0.01).matrices
+    assert torch.equal(moved[0], sigma[0]) and moved.isfinite().all() and not torch.equal(moved[1], sigma[1])
