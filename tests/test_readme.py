@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def load_tables():
 
 
 def test_tables_are_up_to_date():
-    found = subprocess.run([sys.executable, ROOT / "docs" / "tables.py", "--check"], capture_output=True, text=True)
+    command = [sys.executable, ROOT / "docs" / "tables.py", "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert found.returncode == 0, found.stderr
 
 
