@@ -1,12 +1,12 @@
 """Accuracy of every method on every scenario, over seeds; resumable.
 
-    python benchmarks/accuracy.py --data DATA --size cpu                       # everything, one run after the other
-    python benchmarks/accuracy.py --data DATA --size cpu --scenario cifar10_lt --method ce iada --seeds 0 1 2
-    python benchmarks/accuracy.py --render                                     # tables from what is there
+    python benchmarks/accuracy.py --data DATA --preset pretrained                # trusted rows; everything, one run after the other
+    python benchmarks/accuracy.py --data DATA --preset cpu --scenario cifar10_lt --method ce iada --seeds 0 1 2
+    python benchmarks/accuracy.py --preset pretrained --render                   # tables from what is there
 
 DATA holds cifar10/ (Parquet files, and cifar10n.npz), mnist/ (IDX files), hatexplain/all_data_with_identities.csv and
 reuters52/reuters52.parquet; what is missing is skipped by name. Each run appends one line to
-benchmarks/results/accuracy_SIZE.jsonl; a run that is there already is not repeated, so that a killed grid goes on where it
+benchmarks/results/accuracy_PRESET.jsonl; a run that is there already is not repeated, so that a killed grid goes on where it
 was, and several processes may share the work (--part 1/2, --part 2/2). Settings were chosen on validation samples
 (benchmarks/results/study.md); this script is where the test samples are used.
 """
@@ -129,7 +129,62 @@ GPU: dict[str, Task] = {
     "hatexplain": Task("HateXplain, two-layer DistilBERT from scratch", "hatexplain/all_data_with_identities.csv",
                        lambda data, seed: make.comments(data, seed=seed), _GROUPS),
 }  # fmt: skip
-SIZES = {"cpu": CPU, "gpu": GPU}
+
+_TRUSTED = ["ce", "la", "last_layer", "la_last_layer", "gce", "gce_prior", "glc", "aum10", "aum20", "mwn", "mwn_prior"]
+_TRUSTED_IADA = ["iada_paper", "iada_gate", "iada"]
+_TRUSTED_NOISE = [*_TRUSTED, *_TRUSTED_IADA, "oracle"]
+_TRUSTED_TAIL = [*_TRUSTED, "isda_prior", "metasaug", *_TRUSTED_IADA]
+_IMAGES = "CIFAR-10 under EfficientNet-Lite0"
+_COMMENTS, _REUTERS = "hatexplain/all_data_with_identities.csv", "reuters52/reuters52.parquet"
+
+
+#: Trusted rows, trained along by every method: on frozen features of pretrained networks, and on small networks from scratch.
+PRETRAINED: dict[str, Task] = {
+    "flip": Task(f"{_IMAGES}, 40 % wrong: the next class", "cifar10",
+                 lambda data, seed: make.cifar_features(data, noise="flip", seed=seed), _TRUSTED_NOISE),
+    "flip2": Task(f"{_IMAGES}, 40 % wrong: two other classes", "cifar10",
+                  lambda data, seed: make.cifar_features(data, noise="flip2", seed=seed), _TRUSTED_NOISE),
+    "uniform": Task(f"{_IMAGES}, 40 % drawn anew", "cifar10",
+                    lambda data, seed: make.cifar_features(data, noise="uniform", seed=seed), _TRUSTED_NOISE),
+    "cifar10n": Task(f"{_IMAGES}, CIFAR-10N's worst labels", "cifar10",
+                     lambda data, seed: make.cifar_features(data, noise="worse_label", seed=seed), _TRUSTED_NOISE),
+    "balanced": Task(f"{_IMAGES}, balanced and clean", "cifar10",
+                     lambda data, seed: make.cifar_features(data, trusted_per_class=10, seed=seed), [*_TRUSTED, *_TRUSTED_IADA]),
+    "balanced_small": Task(f"{_IMAGES}, balanced and clean, 8 hidden units", "cifar10",
+                           lambda data, seed: make.cifar_features(data, trusted_per_class=10, small=True, seed=seed),
+                           [*_TRUSTED, *_TRUSTED_IADA]),
+    "long_tail": Task(f"{_IMAGES}, long tail 100:1", "cifar10",
+                      lambda data, seed: make.cifar_features(data, imbalance_ratio=100, n_max=2000, trusted_per_class=10, epochs=40, seed=seed),
+                      _TRUSTED_TAIL, {"milestones": (0.75, 0.9), "warmup_ratio": 0.75}),
+    "long_tail_flip": Task(f"{_IMAGES}, long tail 100:1, 20 % wrong: the next class", "cifar10",
+                           lambda data, seed: make.cifar_features(data, noise="flip", rate=0.2, imbalance_ratio=100, n_max=2000,
+                                                                  trusted_per_class=10, epochs=40, seed=seed),
+                           [*_TRUSTED_TAIL, "oracle"], {"milestones": (0.75, 0.9), "warmup_ratio": 0.75}),
+    "reuters": Task("Reuters R52 under MiniLM", _REUTERS, lambda data, seed: make.reuters_features(data, seed=seed), _TRUSTED_TAIL),
+    "reuters_uniform": Task("Reuters R52 under MiniLM, 40 % drawn anew", _REUTERS,
+                            lambda data, seed: make.reuters_features(data, uniform=0.4, seed=seed), [*_TRUSTED_TAIL, "oracle"]),
+    "comments": Task("HateXplain under MiniLM", _COMMENTS, lambda data, seed: make.comment_features(data, seed=seed),
+                     [*_TRUSTED, "group_dro", *_TRUSTED_IADA]),
+    "comments_flip": Task("HateXplain under MiniLM, 30 % turned over", _COMMENTS,
+                          lambda data, seed: make.comment_features(data, flipped=0.3, seed=seed),
+                          [*_TRUSTED, "group_dro", *_TRUSTED_IADA, "oracle"]),
+    "colored_mnist": Task("Colored MNIST, 6,000 training images, small convolutional network", "mnist",
+                          lambda data, seed: make.train_along(make.colored_mnist(data, rows=12000, seed=seed)),
+                          [m for m in _TRUSTED if m not in ("gce_prior", "mwn_prior")] + ["group_dro", *_TRUSTED_IADA], {"epochs": 20}),
+    "resnet_flip2": Task("CIFAR-10 at 16 x 16, ResNet-8, 40 % wrong: two other classes", "cifar10",
+                         lambda data, seed: make.train_along(CPU["cifar10_flip2_40"].build(data, seed)), _TRUSTED_NOISE,
+                         CPU["cifar10_flip2_40"].settings),
+    "resnet_cifar10n": Task("CIFAR-10 at 16 x 16, ResNet-8, CIFAR-10N's worst labels", "cifar10",
+                            lambda data, seed: make.train_along(CPU["cifar10n_worst"].build(data, seed)), _TRUSTED_NOISE,
+                            CPU["cifar10n_worst"].settings),
+    "resnet_long_tail": Task("CIFAR10-LT 100:1 at 16 x 16, ResNet-8", "cifar10",
+                             lambda data, seed: make.train_along(CPU["cifar10_lt"].build(data, seed)), _TRUSTED_TAIL,
+                             CPU["cifar10_lt"].settings),
+    "resnet_balanced": Task("CIFAR-10 at 16 x 16, ResNet-8, balanced and clean", "cifar10",
+                            lambda data, seed: make.train_along(CPU["cifar10_balanced"].build(data, seed)),
+                            [*_TRUSTED, *_TRUSTED_IADA], CPU["cifar10_balanced"].settings),
+}  # fmt: skip
+PRESETS = {"cpu": CPU, "gpu": GPU, "pretrained": PRETRAINED}
 
 
 def read(path: Path) -> list[dict]:
@@ -180,7 +235,9 @@ def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namesp
     predictions = found.pop("predictions")
     if scenario.test.groups is not None and scenario.test.groups.dim() == 2:
         correct = (predictions == scenario.test.y).numpy()
-        found["worst_group_interval_95"] = metrics.worst_group_interval(correct, scenario.test.groups.numpy(), 20)
+        found["worst_group_interval_95"] = metrics.worst_group_interval(
+            correct, scenario.test.groups.numpy(), scenario.score.min_size
+        )
     return {
         "scenario": name, "method": method, "seed": seed, "title": task.title, "settings": asdict(settings),
         "rows": {"train": len(scenario.train), "meta": len(scenario.meta), "test": len(scenario.test)},
@@ -203,7 +260,7 @@ def table(runs: list[dict], task: Task) -> list[str]:
     by_method = {m: own for m, own in by_method.items() if own}
     columns = [c for c in _COLUMNS if any(_value(r, c) is not None for r in runs)]
     if "average" not in columns and "macro_accuracy" in columns and "accuracy" in columns:
-        first = "macro_accuracy" if "text" in task.file or "reuters" in task.file else "accuracy"
+        first = "macro_accuracy" if "reuters" in task.file else "accuracy"
         columns = [first, *(c for c in columns if c != first)]
         if first == "accuracy":  # balanced test set: the same figure
             columns.remove("macro_accuracy")
@@ -269,18 +326,18 @@ def _difference(pairs: np.ndarray) -> str:
     return text + ")"
 
 
-def render(size: str, folder: Path) -> str:
-    runs = read(folder / f"accuracy_{size}.jsonl")
-    tasks = SIZES[size]
-    text = [f"# Accuracy, {size.upper()} size", "",
+def render(preset: str, folder: Path) -> str:
+    runs = read(folder / f"accuracy_{preset}.jsonl")
+    tasks = PRESETS[preset]
+    text = [f"# Accuracy, preset {preset}", "",
             "Test figures in %, mean and standard deviation over seeds, best in bold (over the seeds that all methods have)."
             " Every method of a table has the same weights at the start, the same epochs and the same optimizer. Methods with"
             " a meta step and those named after it use the meta set, the others do not; GroupDRO and LISA are told the groups"
             " of the training samples, the others are not. The last but one column gives Meta-IADA's difference on each seed"
             " and the p-value of a paired t-test (three seeds: read it with care). What the methods are:"
             " [docs/baselines.md](../../docs/baselines.md). Made by"
-            f" `python benchmarks/accuracy.py --data DATA --size {size}`; every run is in"
-            f" [accuracy_{size}.jsonl](accuracy_{size}.jsonl)."]  # fmt: skip
+            f" `python benchmarks/accuracy.py --data DATA --preset {preset}`; every run is in"
+            f" [accuracy_{preset}.jsonl](accuracy_{preset}.jsonl)."]  # fmt: skip
     for name, task in tasks.items():
         failed = [f"{METHODS[r['method']].title}, seed {r['seed']}: {r['error']}" for r in runs if r["scenario"] == name and "error" in r]  # fmt: skip
         own = [r for r in runs if r["scenario"] == name and "error" not in r]
@@ -306,7 +363,7 @@ def _short(settings: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", help="folder of the data sets")
-    parser.add_argument("--size", choices=list(SIZES), default="cpu")
+    parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
     parser.add_argument("--scenario", nargs="+", help="default: all")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), help="default: those of the scenario")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -319,11 +376,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
     args = parser.parse_args()
     args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"accuracy_{args.size}.jsonl"
+    path = args.results / f"accuracy_{args.preset}.jsonl"
     if not args.render:
         if not args.data:
             parser.error("--data is needed: the folder that holds cifar10/, mnist/, ...")
-        tasks = SIZES[args.size]
+        tasks = PRESETS[args.preset]
         unknown = set(args.scenario or []) - set(tasks)
         if unknown:
             parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(tasks)}")
@@ -349,8 +406,8 @@ def main() -> None:
             except (RuntimeError, ValueError) as error:  # one run that diverges must not stop the grid at every start
                 append(path, {**wanted, "error": f"{type(error).__name__}: {error}"})
                 print(f"failed, and not tried again without --again: {error}", flush=True)
-    text = render(args.size, args.results)
-    (args.results / f"accuracy_{args.size}.md").write_text(text)
+    text = render(args.preset, args.results)
+    (args.results / f"accuracy_{args.preset}.md").write_text(text)
     print(text)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from compare.loop import Batches
+from compare.loop import Batches, predict
 from compare.methods import IADA, METHODS, PAPER_STEP, CrossEntropy, Method, Run
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
@@ -43,8 +43,13 @@ def focal(output: Tensor, y: Tensor, gamma: float = 2.0, weights: Tensor | None 
 def logit_adjusted(output: Tensor, y: Tensor, counts: Tensor, tau: float = 1.0) -> Tensor:
     """Cross-entropy of ``output + tau log pi`` (Menon et al., 2021). At tau = 1 this is Balanced Softmax (Ren et al., 2020),
     whose ``log n_j`` differs from ``log pi_j`` by a constant that a softmax does not see."""
+    return F.cross_entropy(output + tau * log_prior(counts), y)
+
+
+def log_prior(counts: Tensor) -> Tensor:
+    """``log pi``, ``[C]``; an absent class counts as one sample."""
     prior = counts.double().clamp_min(1)
-    return F.cross_entropy(output + tau * (prior / prior.sum()).log().float(), y)
+    return (prior / prior.sum()).log().float()
 
 
 def weighted(output: Tensor, y: Tensor, weights: Tensor) -> Tensor:
@@ -95,6 +100,97 @@ def generalized_cross_entropy(output: Tensor, y: Tensor, q: float = 0.7) -> Tens
     return ((1 - p.clamp_min(1e-8) ** q) / q).mean()
 
 
+def generalized_with_prior(output: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """The same of logits with the class prior in them, as in logit adjustment."""
+    return generalized_cross_entropy(output + log_prior(counts), y)
+
+
+class GoldLossCorrection:
+    """Gold loss correction (Hendrycks et al., 2018): cross-entropy for some epochs without the trusted rows; then the trusted rows'
+    mean predictions by class as the matrix of label noise, in a forward-corrected loss of the other rows."""
+
+    def __init__(self, run: Run, epochs: int = 3) -> None:
+        self.run, self.epochs = run, epochs
+        self.trusted = trusted_mask(run)
+        self.matrix: Tensor | None = None
+
+    @torch.no_grad()
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch != self.epochs:
+            return
+        model, meta, classes = self.run.model, self.run.meta, self.run.scenario.num_classes
+        model.eval()
+        p = torch.cat([model(x).softmax(dim=1) for x, _ in Batches(meta, 500, shuffle=False)])
+        model.train()
+        same = torch.eye(classes, device=p.device)  # a class without trusted rows
+        self.matrix = torch.stack(
+            [p[meta.y == c].mean(dim=0) if (meta.y == c).any() else same[c] for c in range(classes)]
+        )
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        trusted = self.trusted[rows]
+        plain = F.cross_entropy(output, y, reduction="none")
+        if self.matrix is None:
+            return (plain * ~trusted).sum() / (~trusted).sum().clamp_min(1)
+        p = (output.softmax(dim=1) @ self.matrix).gather(1, y[:, None]).squeeze(1)
+        return torch.where(trusted, plain, -p.clamp_min(1e-6).log()).mean()
+
+
+class AreaUnderMargin:
+    """Rows whose mean margin lies below a quantile of the trusted rows' are dropped, anew at each epoch after the third (Pleiss et al.,
+    2020, with trusted rows in the place of a fake class's threshold samples); the rest by logit adjustment.
+
+    Args:
+        run: of the comparison.
+        share: the quantile.
+        start: epochs before.
+    """
+
+    def __init__(self, run: Run, share: float, start: int = 3) -> None:
+        self.share, self.start, self.trusted = share, start, trusted_mask(run)
+        self.margin, self.visits, self.kept = (torch.full_like(self.trusted, v, dtype=torch.float) for v in (0, 0, 1))
+        self.prior = log_prior(run.counts)
+
+    @property
+    def signal(self) -> Tensor:
+        return -self.margin
+
+    def begin_epoch(self, epoch: int) -> None:
+        if epoch >= self.start:
+            self.kept = (self.margin >= self.margin[self.trusted].quantile(self.share)).float()
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        with torch.no_grad():
+            own = output.gather(1, y[:, None]).squeeze(1)
+            margin = own - output.scatter(1, y[:, None], -torch.inf).amax(dim=1)
+            self.visits[rows] += 1
+            self.margin[rows] += (margin - self.margin[rows]) / self.visits[rows]
+        loss = F.cross_entropy(output + self.prior, y, reduction="none")
+        return (self.kept[rows] * loss).sum() / self.kept[rows].sum().clamp_min(1)
+
+
+class Oracle:
+    """Logit adjustment without the rows whose label is wrong: what could be reached at best by leaving rows out."""
+
+    def __init__(self, run: Run) -> None:
+        if run.train.clean is None:
+            raise ValueError(f"{run.scenario.name} has no true labels: choose another method.")
+        self.right, self.prior = (run.train.clean == run.train.y).float(), log_prior(run.counts)
+
+    def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
+        loss = F.cross_entropy(output + self.prior, y, reduction="none")
+        return (self.right[rows] * loss).sum() / self.right[rows].sum().clamp_min(1)
+
+
+def trusted_mask(run: Run) -> Tensor:
+    """``[N]``, which training rows are trusted."""
+    if run.scenario.trusted is None:
+        raise ValueError(f"{run.scenario.name} has no trusted rows: choose another method.")
+    mask = torch.zeros(len(run.train), dtype=torch.bool, device=run.train.y.device)
+    mask[run.scenario.trusted] = True
+    return mask
+
+
 class _WeightStep(MetaLearner):
     """The meta step of Meta-Weight-Net: the network's output is a sample's weight instead of its epsilon."""
 
@@ -106,12 +202,15 @@ class _WeightStep(MetaLearner):
         denominator: Tensor | float | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        logits = self.head.iada_logits(features, labels, alpha=0, beta=0)
+        logits = self.head.iada_logits(features, labels, alpha=0, beta=self.config.beta)
         return (_share(epsilon) * F.cross_entropy(logits, labels, reduction="none")).sum()
 
     def learn(self, layer: HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         features, weight, bias, features_dot, weight_dot, bias_dot = layer
-        residual = F.linear(features, weight, bias).softmax(dim=1) - F.one_hot(labels, weight.shape[0])
+        logits = F.linear(features, weight, bias)
+        if self.config.beta:
+            logits = logits + self.config.beta * self.head.log_prior
+        residual = logits.softmax(dim=1) - F.one_hot(labels, weight.shape[0])
         logits_dot = F.linear(features_dot, weight) + F.linear(features, weight_dot, bias_dot)
         losses_dot = (residual * logits_dot).sum(dim=1)  # directional derivative of every sample's loss
         fine = fine & torch.isfinite(losses_dot).all()
@@ -199,7 +298,10 @@ class LISA:
 
 @torch.no_grad()
 def retrain_last_layer(run: Run, criterion: Any) -> None:
-    """Logistic regression on the meta set's features in the place of the last layer (as Kirichenko et al., 2023)."""
+    """Logistic regression on the meta set's features in the place of the last layer (as Kirichenko et al., 2023).
+
+    Of four penalties the one that does best on the validation samples; 0.1 without such samples.
+    """
     run.model.eval()
     _, layer = find_classifier(run.model)
     kept: list[Tensor] = []
@@ -209,13 +311,22 @@ def retrain_last_layer(run: Run, criterion: Any) -> None:
     hook.remove()
     features, y = torch.cat(kept).double().cpu().numpy(), run.meta.y.cpu().numpy()
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
-    fitted = LogisticRegression(C=0.1, max_iter=2000).fit((features - mean) / std, y)
-    weight, bias = fitted.coef_, fitted.intercept_
-    if len(fitted.classes_) == 2:  # one row of weights for two classes
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    weight = weight / std
-    layer.weight.copy_(torch.from_numpy(weight))
-    layer.bias.copy_(torch.from_numpy(bias - weight @ mean))
+    val = run.scenario.val
+
+    def refit(penalty: float) -> float:
+        fitted = LogisticRegression(C=penalty, max_iter=2000).fit((features - mean) / std, y)
+        weight, bias = fitted.coef_, fitted.intercept_
+        if len(fitted.classes_) == 2:  # one row of weights for two classes
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        weight = weight / std
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(bias - weight @ mean))
+        if val is None:
+            return 0.0
+        return next(iter(run.scenario.score(predict(run.model, val.to(layer.weight.device.type)), val).values()))
+
+    penalties = (0.1,) if val is None else (0.001, 0.01, 0.1, 1.0)
+    refit(max(penalties, key=refit))
 
 
 def _plain(loss: Any, weights: bool = False, counts: bool = False) -> Any:
@@ -236,10 +347,18 @@ METHODS |= {
     "la": Method("Logit Adjustment", _plain(logit_adjusted, counts=True)),
     "gce": Method("generalized CE", _plain(generalized_cross_entropy)),
     "mwn": Method("Meta-Weight-Net", lambda run: IADA(
-        run, MetaWeightNet, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit", **PAPER_STEP)),
+        run, MetaWeightNet, False, alpha=0.0, beta=0.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit", **PAPER_STEP)),
+    "mwn_prior": Method("Meta-Weight-Net + prior", lambda run: IADA(
+        run, MetaWeightNet, False, alpha=0.0, beta=1.0, epsilon_range=(0.0, 1.0), perturbation_scale="unit", **PAPER_STEP)),
     "group_dro": Method("GroupDRO", GroupDRO),
     "lisa": Method("LISA", LISA),
     "ce_meta": Method("CE, train + meta", CrossEntropy, add_meta=True),
     "la_meta": Method("Logit Adjustment, train + meta", _plain(logit_adjusted, counts=True), add_meta=True),
     "last_layer": Method("CE, last layer on meta", CrossEntropy, finish=retrain_last_layer),
+    "la_last_layer": Method("Logit Adjustment, last layer on meta", _plain(logit_adjusted, counts=True), finish=retrain_last_layer),
+    "gce_prior": Method("generalized CE + prior", _plain(generalized_with_prior, counts=True)),
+    "glc": Method("gold loss correction", GoldLossCorrection),
+    "aum10": Method("area under the margin, 10 %", lambda run: AreaUnderMargin(run, 0.1)),
+    "aum20": Method("area under the margin, 20 %", lambda run: AreaUnderMargin(run, 0.2)),
+    "oracle": Method("told which labels are wrong", Oracle),
 }  # fmt: skip

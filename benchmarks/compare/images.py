@@ -143,7 +143,7 @@ def label_noise(
     if kind == "none":
         noisy = y
     elif kind in CIFAR10N:
-        noisy = _cifar10n(data, kind, y)
+        noisy = read_cifar10n(data, kind, y)
     else:
         noisy = torch.from_numpy(noisy_labels(y, kind, rate, num_classes=num_classes, seed=seed)[0])
     if meta_per_class is None:
@@ -171,7 +171,8 @@ def label_noise(
     )  # fmt: skip
 
 
-def _cifar10n(data: str | None, column: str, y: Tensor) -> Tensor:
+def read_cifar10n(data: str | None, column: str, y: Tensor) -> Tensor:
+    """One of CIFAR-10N's columns of labels, from ``data``/cifar10n.npz; ``y`` are the true ones, to see that the order is the same."""
     path = Path(data or "") / "cifar10n.npz"
     if data is None or not path.is_file():
         raise FileNotFoundError(f"noise {column!r} is CIFAR-10N's: --data needs CIFAR-10 with cifar10n.npz beside it.")

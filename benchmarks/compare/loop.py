@@ -38,6 +38,12 @@ class Samples:
         rows = torch.as_tensor(rows, dtype=torch.long)
         return Samples(*(None if t is None else t[rows] for t in (self.x, self.y, self.groups, self.clean)))  # type: ignore[arg-type]
 
+    def joined(self, other: Samples) -> Samples:
+        """These and then the others. Groups are kept where both have them; labels without true ones beside them count as true."""
+        clean = None if self.clean is None else torch.cat([self.clean, other.y if other.clean is None else other.clean])
+        groups = None if self.groups is None or other.groups is None else torch.cat([self.groups, other.groups])
+        return Samples(torch.cat([self.x, other.x]), torch.cat([self.y, other.y]), groups, clean)
+
     def to(self, device: str) -> Samples:
         """The same on ``device``."""
         return Samples(*(None if t is None else t.to(device) for t in (self.x, self.y, self.groups, self.clean)))  # type: ignore[arg-type]
@@ -48,7 +54,7 @@ class Batches:
 
     Args:
         samples: what to cut into batches.
-        batch_size: the last batch may be smaller.
+        batch_size: the most; batches are of nearly equal size, so that none is too small for BatchNorm.
         augment: applied to a batch of ``x``.
         shuffle: new order in every pass.
         rows: give the indices too, ``[N]``.
@@ -77,7 +83,7 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         samples, n = self.samples, len(self.samples)
         order = torch.randperm(n) if self.shuffle else torch.arange(n)
-        for rows in order.to(samples.y.device).split(self.batch_size):
+        for rows in order.to(samples.y.device).tensor_split(len(self)):
             x = samples.x[rows]
             if not x.is_floating_point():
                 x = x[:, : int((x != 0).sum(dim=1).max().clamp_min(1))]  # texts: cut the padding

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 from iada_plugin import __version__
 from iada_plugin.config import IADAConfig
@@ -81,25 +82,24 @@ class CrossEntropy:
 
 
 class IADA:
-    """Meta-IADA as `fit` calls it; keeps each sample's last epsilon, with its sign turned: large for wrong labels."""
+    """Meta-IADA as `fit` calls it; keeps each sample's signal, large for wrong labels: where trusted rows are the reference, whether
+    the label is let go and its mean margin, otherwise its last epsilon with its sign turned."""
 
-    def __init__(self, run: Run, engine: type[MetaIADA] = MetaIADA, **config: Any) -> None:
+    def __init__(self, run: Run, engine: type[MetaIADA] = MetaIADA, as_reference: bool = True, **config: Any) -> None:
         if fixed := sorted(set(config) & set(run.config)):
             raise ValueError(f"this method has its own {', '.join(fixed)}: use 'iada' to choose.")
-        config = {
-            "warmup_ratio": run.settings.warmup_ratio,
-            "seed": run.seed,
-            **run.settings.config,
-            **run.config,
-            **config,
-        }
+        trusted = run.scenario.trusted if as_reference else None
+        fixed_warmup = {"warmup_ratio": run.settings.warmup_ratio} if trusted is None else {}
+        config = {**fixed_warmup, "seed": run.seed, **run.settings.config, **run.config, **config}
         settings = IADAConfig(**config)
+        reference = {"class_counts": run.counts} if trusted is None else {
+            "train_set": TensorDataset(run.train.x, run.train.y), "trusted_rows": trusted}  # fmt: skip
         self.engine = engine(
-            run.model, run.optimizer, meta_loader=run.meta_batches(settings), class_counts=run.counts,
-            steps_per_epoch=run.steps_per_epoch, epochs=run.settings.epochs, config=settings,
+            run.model, run.optimizer, meta_loader=run.meta_batches(settings), steps_per_epoch=run.steps_per_epoch,
+            epochs=run.settings.epochs, config=settings, **reference,
         )  # fmt: skip
         #: Epochs that must not be selected as the method's result.
-        self.warmup_epochs = math.ceil(self.engine.warmup.steps / run.steps_per_epoch)
+        self.warmup_epochs = 0 if trusted is not None else math.ceil(self.engine.warmup.steps / run.steps_per_epoch)
         self.signal = torch.zeros(len(run.train), device=run.train.y.device)
 
     def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
@@ -118,9 +118,9 @@ class IADA:
         self.engine.close()
 
 
-def iada_method(title: str, **config: Any) -> Method:
-    """Meta-IADA with these settings of `IADAConfig`."""
-    return Method(title, lambda run: IADA(run, **config))
+def iada_method(title: str, as_reference: bool = True, **config: Any) -> Method:
+    """Meta-IADA with these settings of `IADAConfig`; ``as_reference=False``: with the trusted rows as a meta set only."""
+    return Method(title, lambda run: IADA(run, as_reference=as_reference, **config))
 
 
 #: epsilon = 0 and the covariances as estimated: no meta step.
@@ -141,11 +141,12 @@ PAPER = {
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", CrossEntropy),
     "iada": iada_method("Meta-IADA"),
+    "iada_gate": iada_method("Meta-IADA, labels let go only", **_NOTHING_LEARNED),
     "iada_online": iada_method("Meta-IADA, cheap meta step", schedule="online", meta_every=5),
-    "iada_paper": iada_method("Meta-IADA, paper's perturbation", **PAPER),
-    "isda": iada_method("ISDA", beta=0.0, **_NOTHING_LEARNED),
-    "isda_prior": iada_method("ISDA + prior", **_NOTHING_LEARNED),
-    "metasaug": iada_method("MetaSAug + prior", meta_lr=0.0, **PAPER_STEP),
+    "iada_paper": iada_method("Meta-IADA, paper's perturbation", False, **PAPER),
+    "isda": iada_method("ISDA", False, beta=0.0, **_NOTHING_LEARNED),
+    "isda_prior": iada_method("ISDA + prior", False, **_NOTHING_LEARNED),
+    "metasaug": iada_method("MetaSAug + prior", False, meta_lr=0.0, **PAPER_STEP),
 }  # fmt: skip
 
 
@@ -200,7 +201,7 @@ def run_method(
         model = model.to(memory_format=torch.channels_last)
     train, meta = scenario.train.to(device), scenario.meta.to(device)
     if method.add_meta:
-        train = _joined(train, meta)
+        train = train.joined(meta)
     batches = Batches(train, settings.batch_size, augment=scenario.augment, rows=True)
     optimizer, scheduler = make_optimizer(model, settings)
     run = Run(scenario, settings, train, meta, model, optimizer, len(batches), seed, config or {})
@@ -235,11 +236,6 @@ def run_method(
         found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}
     found["noise_auroc"] = _noise_auroc(criterion, train)
     return found
-
-
-def _joined(train: Samples, meta: Samples) -> Samples:
-    clean = None if train.clean is None else torch.cat([train.clean, meta.y])
-    return Samples(torch.cat([train.x, meta.x]), torch.cat([train.y, meta.y]), None, clean)
 
 
 def _report(engine: MetaIADA, scenario: Scenario, train: Samples) -> Any:

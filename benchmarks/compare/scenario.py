@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +47,7 @@ class Scenario:
         augment: for training batches.
         keep_best: end with the epoch of the best validation score instead of the last.
         class_names: for reports.
+        trusted: ``[T]`` rows of ``train`` that are the meta set: its samples are trained along, for every method.
     """
 
     name: str
@@ -61,11 +62,18 @@ class Scenario:
     augment: Callable[[Tensor], Tensor] | None = None
     keep_best: bool = False
     class_names: Sequence[str] | None = None
+    trusted: Tensor | None = None
 
     @property
     def counts(self) -> list[int]:
         """Training samples of each class."""
         return torch.bincount(self.train.y, minlength=self.num_classes).tolist()
+
+
+def train_along(scenario: Scenario) -> Scenario:
+    """The same with the meta set's samples among the training samples, as trusted rows, for every method."""
+    rows = torch.arange(len(scenario.train), len(scenario.train) + len(scenario.meta))
+    return replace(scenario, train=scenario.train.joined(scenario.meta), trusted=rows)
 
 
 def class_scores(counts: Sequence[int]) -> Callable[[Tensor, Samples], dict[str, float]]:
@@ -103,6 +111,7 @@ def group_scores(num_groups: int, train_groups: Tensor, min_size: int = 1) -> Ca
             found["weighted_average"] = metrics.weighted_group_accuracy(correct, groups, sizes)
         return {**found, "worst_group_index": index, "worst_group_size": int(groups[:, index].sum())}
 
+    score.min_size = min_size  # type: ignore[attr-defined]
     return score
 
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from .features import cifar_features, comment_features, reuters_features
 from .groups import colored_mnist
 from .images import generalized_long_tail, label_noise, load_digits, long_tailed_images
-from .scenario import Scenario, Settings
+from .scenario import Scenario, Settings, train_along
 from .texts import comments, reuters
 
 __all__ = [
     "Scenario",
     "Settings",
+    "cifar_features",
     "colored_mnist",
+    "comment_features",
     "comments",
     "generalized_long_tail",
     "label_noise",
@@ -24,6 +27,8 @@ __all__ = [
     "long_tail",
     "long_tailed_images",
     "reuters",
+    "reuters_features",
+    "train_along",
 ]
 
 

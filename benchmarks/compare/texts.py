@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,15 +37,10 @@ def encode_texts(
     return found, len(index) + 2
 
 
-def reuters(path: str, *, meta_per_class: int = 10, seed: int = 0) -> Scenario:
-    """Texts with a long tail of their own, such as Reuters R52, scored by the mean accuracy of classes.
+def read_reuters(path: str) -> tuple[list[str], np.ndarray, np.ndarray, list[str]]:
+    """Texts, labels ``[N]`` in the order of the classes' sizes, splits ``[N]`` and class names of such a Parquet file.
 
     A class with a single training document is left out: it could not be in training and in the meta set.
-
-    Args:
-        path: Parquet file with the columns ``text``, ``label`` and ``split`` ("train" or "test").
-        meta_per_class: training documents for the meta set; half of a class that has no more than so many.
-        seed: of the draw.
     """
     import pyarrow.parquet
 
@@ -54,16 +50,26 @@ def reuters(path: str, *, meta_per_class: int = 10, seed: int = 0) -> Scenario:
     missing = [c for c in ("text", "label", "split") if c not in table]
     if missing:
         raise ValueError(f"{path} has no column {', '.join(missing)}; it has {', '.join(table)}.")
-    train_rows = [i for i, s in enumerate(table["split"]) if s == "train"]
+    sizes = Counter(label for label, split in zip(table["label"], table["split"], strict=True) if split == "train")
     # A class needs a document to train on and one for the meta set; classes in order of size.
-    sizes = Counter(table["label"][i] for i in train_rows)
     classes = {label: k for k, (label, n) in enumerate(sorted(sizes.items(), key=lambda s: (-s[1], s[0]))) if n >= 2}
-    train_rows = [i for i in train_rows if table["label"][i] in classes]
-    test_rows = [i for i, s in enumerate(table["split"]) if s == "test" and table["label"][i] in classes]
-    y = torch.tensor([classes[table["label"][i]] for i in train_rows])
-    test_y = torch.tensor([classes[table["label"][i]] for i in test_rows])
-    texts = {"train": [table["text"][i] for i in train_rows], "test": [table["text"][i] for i in test_rows]}
-    ids, size = encode_texts(texts, 200)
+    rows = [i for i, label in enumerate(table["label"]) if label in classes]
+    y = np.array([classes[table["label"][i]] for i in rows])
+    return [table["text"][i] for i in rows], y, np.array([table["split"][i] for i in rows]), list(classes)
+
+
+def reuters(path: str, *, meta_per_class: int = 10, seed: int = 0) -> Scenario:
+    """Texts with a long tail of their own, such as Reuters R52, scored by the mean accuracy of classes.
+
+    Args:
+        path: Parquet file with the columns ``text``, ``label`` and ``split`` ("train" or "test").
+        meta_per_class: training documents for the meta set; half of a class that has no more than so many.
+        seed: of the draw.
+    """
+    all_texts, labels, split, classes = read_reuters(path)
+    rows_of = {name: np.flatnonzero(split == name) for name in ("train", "test")}
+    y, test_y = (torch.from_numpy(labels[rows]) for rows in rows_of.values())
+    ids, size = encode_texts({name: [all_texts[i] for i in rows] for name, rows in rows_of.items()}, 200)
     with warnings.catch_warnings():  # the tail's classes give half of their rows
         warnings.simplefilter("ignore", UserWarning)
         meta, rest = balanced_meta_split(y, meta_per_class, seed=seed, short="half")
@@ -73,7 +79,7 @@ def reuters(path: str, *, meta_per_class: int = 10, seed: int = 0) -> Scenario:
     return Scenario(
         "long_tail_text", len(classes), Samples(ids["train"][rest], y[rest]), Samples(ids["train"][meta], y[meta]),
         Samples(ids["test"], test_y), Settings("dan", 30, 32, "adamw", 1e-3, 0.01, (0.6, 0.85), 0.3, warmup_ratio=0.5),
-        macro_first, lambda model: _text_network(model, size, len(classes), 200), class_names=list(classes),
+        macro_first, lambda model: _text_network(model, size, len(classes), 200), class_names=classes,
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def test_the_grid_resumes(tmp_path, monkeypatch):
     assert f"{50 - mine:+.1f}" in table and "**50.0**" in table if mine < 50 else f"**{mine:.1f}**" in table
     assert {"settings", "versions", "machine", "curve", "seconds"} <= set(run)
     with pytest.raises(SystemExit, match="different settings"):
-        monkeypatch.setattr(accuracy, "SIZES", {"cpu": {"digits": task}})
+        monkeypatch.setattr(accuracy, "PRESETS", {"cpu": {"digits": task}})
         accuracy.append(path, {**runs[1], "seed": 1, "settings": {}})
         accuracy.render("cpu", tmp_path)
 
@@ -41,7 +41,7 @@ def test_a_run_that_fails_does_not_stop_the_grid(tmp_path, monkeypatch, capsys):
     (tmp_path / "x").mkdir()
     monkeypatch.setattr(
         accuracy,
-        "SIZES",
+        "PRESETS",
         {
             "cpu": {
                 "a": accuracy.Task("A", "x", fail, ["ce"]),

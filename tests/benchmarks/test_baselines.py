@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from compare.loop import Batches, Samples
 from compare.methods import Run
-from compare.scenario import Scenario, Settings, balanced_scores
+from compare.scenario import Scenario, Settings, balanced_scores, train_along
 from models import MLP
 from sklearn.linear_model import LogisticRegression
 
@@ -186,15 +186,16 @@ def test_a_group_without_rows_is_no_partner():
     assert any(unchanged) and not all(unchanged)
 
 
-def test_meta_weight_nets_gradient_is_that_of_double_backward():
+@pytest.mark.parametrize("beta", [0, 1])
+def test_meta_weight_nets_gradient_is_that_of_double_backward(beta):
     """The engine's step against differentiating through the virtual step, as Meta-Weight-Net's own code does."""
     run = make_run(n=12)
     run.model.double()
     run.train.x, run.meta.x = run.train.x.double(), run.meta.x.double()
     meta_x, meta_y = run.meta.x, run.meta.y
-    config = IADAConfig(warmup_epochs=0, epsilon_range=(0, 1), alpha=0, beta=0, perturbation_scale="unit", virtual_lr=0.1,
+    config = IADAConfig(warmup_epochs=0, epsilon_range=(0, 1), alpha=0, beta=beta, perturbation_scale="unit", virtual_lr=0.1,
                         hypergradient="forward", meta_lr=1e-3)  # fmt: skip
-    engine = baselines.MetaWeightNet(run.model, run.optimizer, meta_loader=[(meta_x, meta_y)], class_counts=[6, 6],
+    engine = baselines.MetaWeightNet(run.model, run.optimizer, meta_loader=[(meta_x, meta_y)], class_counts=[9, 3],
                                      steps_per_epoch=1, epochs=2, config=config)  # fmt: skip
     network = engine.learner.perturbation
     with torch.no_grad():
@@ -203,10 +204,9 @@ def test_meta_weight_nets_gradient_is_that_of_double_backward():
 
     # oracle
     names, values = zip(*run.model.named_parameters(), strict=True)
-    losses = F.cross_entropy(
-        torch.func.functional_call(run.model, dict(zip(names, values, strict=True)), x), y, reduction="none"
-    )
-    weight = network(losses.detach()[:, None])
+    output = torch.func.functional_call(run.model, dict(zip(names, values, strict=True)), x)
+    losses = F.cross_entropy(output + beta * torch.tensor([0.75, 0.25]).log(), y, reduction="none")
+    weight = network(F.cross_entropy(output, y, reduction="none").detach()[:, None])  # what it sees has no prior in it
     gradient = torch.autograd.grad((weight / weight.sum() * losses).sum(), values, create_graph=True)
     moved = {n: v - 0.1 * g for n, v, g in zip(names, values, gradient, strict=True)}
     meta = F.cross_entropy(torch.func.functional_call(run.model, moved, meta_x), meta_y)
@@ -252,3 +252,109 @@ def test_train_plus_meta_is_both(tmp_path):
         baselines.CrossEntropy.__call__ = original
     assert sum(seen) == 2 * (24 + 16)
     assert isinstance(Batches(run.meta, 8).targets, torch.Tensor)
+
+
+def make_trusted_run(n=24):
+    """Rows whose true labels are known; the last ones are trusted."""
+    run = make_run(n)
+    run.train.clean = run.train.y.clone()
+    run.train.y = torch.where(torch.arange(n) % 4 == 0, 1 - run.train.y, run.train.y)
+    scenario = train_along(replace(run.scenario, train=run.train, meta=run.meta))
+    return replace(run, scenario=scenario, train=scenario.train)
+
+
+def test_trusted_rows_are_trained_along():
+    run = make_trusted_run()
+    rows = run.scenario.trusted
+    assert torch.equal(run.train.x[rows], run.meta.x) and torch.equal(run.train.y[rows], run.meta.y)
+    assert len(run.train) == 24 + 16 and torch.equal(run.train.clean[rows], run.meta.y)
+    assert baselines.trusted_mask(run).nonzero().flatten().tolist() == list(range(24, 40))
+    with pytest.raises(ValueError, match="no trusted rows"):
+        baselines.trusted_mask(make_run())
+
+
+def test_gold_loss_correction():
+    """Plain loss without the trusted rows first; then corrected by the trusted rows' mean predictions."""
+    run = make_trusted_run()
+    criterion = baselines.GoldLossCorrection(run, epochs=2)
+    rows = torch.tensor([0, 3, 30])
+    z, y = torch.randn(3, 2, generator=torch.Generator().manual_seed(3)), run.train.y[rows]
+    p = z.softmax(1)
+    criterion.begin_epoch(1)
+    plain = [-math.log(p[i, y[i]]) for i in range(3)]
+    assert float(criterion(z, y, rows)) == pytest.approx(mean(plain[:2]), rel=1e-5)
+    criterion.begin_epoch(2)
+    assert run.model.training
+    with torch.no_grad():
+        q = run.model.eval()(run.meta.x).softmax(1)
+    noise = [[mean(float(q[i, j]) for i in range(16) if run.meta.y[i] == c) for j in range(2)] for c in range(2)]
+    corrected = [-math.log(sum(float(p[i, c]) * noise[c][y[i]] for c in range(2))) for i in range(2)]
+    assert float(criterion(z, y, rows)) == pytest.approx(mean([*corrected, plain[2]]), rel=1e-5)
+
+
+def test_rows_below_the_trusted_margins_are_dropped():
+    """Mean margins against a loop, the quantile of the trusted rows', and the mean over what is kept."""
+    run = make_trusted_run()
+    criterion = baselines.AreaUnderMargin(run, share=0.25, start=2)
+    generator = torch.Generator().manual_seed(0)
+    rows, margins = torch.arange(40), []
+    for epoch in range(2):
+        criterion.begin_epoch(epoch)
+        z = torch.randn(40, 2, generator=generator)
+        criterion(z, run.train.y, rows)
+        margins.append([float(z[i, run.train.y[i]] - z[i, 1 - run.train.y[i]]) for i in range(40)])
+    wanted = [mean(m) for m in zip(*margins, strict=True)]
+    assert criterion.signal.tolist() == pytest.approx([-m for m in wanted], abs=1e-6)
+    criterion.begin_epoch(2)
+    trusted = sorted(wanted[24:])
+    threshold = trusted[3] + 0.75 * (trusted[4] - trusted[3])  # 0.25 of 15 intervals
+    kept = [m >= threshold for m in wanted]
+    assert any(kept) and not all(kept)
+    z = torch.randn(40, 2, generator=generator)
+    prior = baselines.log_prior(run.counts)
+    losses = F.cross_entropy(z + prior, run.train.y, reduction="none").tolist()
+    wanted = mean(loss for loss, k in zip(losses, kept, strict=True) if k)
+    assert float(criterion(z, run.train.y, rows)) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_oracle_leaves_out_what_is_wrong():
+    run = make_trusted_run()
+    z, rows = torch.randn(40, 2, generator=torch.Generator().manual_seed(0)), torch.arange(40)
+    losses = F.cross_entropy(z + baselines.log_prior(run.counts), run.train.y, reduction="none").tolist()
+    right = [i for i in range(40) if i % 4 or i >= 24]
+    assert float(baselines.Oracle(run)(z, run.train.y, rows)) == pytest.approx(mean(losses[i] for i in right), rel=1e-5)
+    with pytest.raises(ValueError, match="no true labels"):
+        baselines.Oracle(make_run())
+
+
+@pytest.mark.parametrize(
+    "method", ["iada", "iada_gate", "iada_paper", "metasaug", "mwn_prior", "glc", "aum20", "gce_prior"]
+)
+def test_methods_run_with_trusted_rows(method):
+    """The Meta-IADA rows take the trusted rows as a reference, the others have them as a meta set; all train on all rows."""
+    from compare.methods import run_method
+
+    run = make_trusted_run()
+    found = run_method(run.scenario, baselines.METHODS[method], settings=replace(run.settings, warmup_ratio=0.5))
+    assert found["predictions"].shape == (len(run.scenario.test),)
+    if "config" in found:
+        assert (found["config"]["objective"] == "pull") == (method in ("iada", "iada_gate"))
+    assert found["noise_auroc"] is None or 0 <= found["noise_auroc"] <= 1
+
+
+def test_the_penalty_of_the_last_layer_is_chosen_on_validation_samples():
+    run = make_run()
+    picky = replace(run.scenario, val=run.meta, score=lambda p, s: {"accuracy": -float((p == 1).float().mean())})
+    baselines.retrain_last_layer(replace(run, scenario=picky), None)
+    first = {n: p.clone() for n, p in run.model.state_dict().items()}
+    shares = {}
+    for penalty in (0.001, 0.01, 0.1, 1.0):
+        other = make_run()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(baselines, "LogisticRegression", lambda C, p=penalty, **k: LogisticRegression(C=p, **k))
+            baselines.retrain_last_layer(other, None)
+        with torch.no_grad():
+            shares[penalty] = float((other.model.eval()(run.meta.x).argmax(1) == 1).float().mean())
+    with torch.no_grad():
+        run.model.load_state_dict(first)
+        assert float((run.model.eval()(run.meta.x).argmax(1) == 1).float().mean()) == min(shares.values())
