@@ -131,7 +131,7 @@ GPU: dict[str, Task] = {
 }  # fmt: skip
 
 _TRUSTED = ["ce", "la", "last_layer", "la_last_layer", "gce", "gce_prior", "glc", "aum10", "aum20", "mwn", "mwn_prior"]
-_TRUSTED_IADA = ["iada_paper", "iada_gate", "iada"]
+_TRUSTED_IADA = ["iada_paper", "iada_early", "iada_gate", "iada"]
 _TRUSTED_NOISE = [*_TRUSTED, *_TRUSTED_IADA, "oracle"]
 _TRUSTED_TAIL = [*_TRUSTED, "isda_prior", "metasaug", *_TRUSTED_IADA]
 _IMAGES = "CIFAR-10 under EfficientNet-Lite0"

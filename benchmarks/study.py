@@ -1,17 +1,18 @@
-"""The study behind the defaults, the ablation and the sensitivity to alpha and beta: validation samples only, but for what
-cheaper meta steps lose, which is scored on test samples; resumable.
+"""The study behind the defaults: validation samples only, but for what cheaper meta steps lose, which is scored on test samples;
+resumable.
 
-    python benchmarks/study.py --data DATA                                  # everything
-    python benchmarks/study.py --data DATA --group ablation --seeds 0 1 2   # one group
-    python benchmarks/study.py --render                                     # tables and plot from what is there
+    python benchmarks/study.py --data DATA                              # everything
+    python benchmarks/study.py --data DATA --group gate --seeds 0 1 2   # one group
+    python benchmarks/study.py --render                                 # tables and plots from what is there
 
-Uses the CPU-size scenarios of benchmarks/accuracy.py and two of its own. Appends to
-benchmarks/results/study_cpu.jsonl, and writes study.md and sensitivity.png beside it.
+Uses the scenarios of benchmarks/accuracy.py and some of its own. Appends to benchmarks/results/study_cpu.jsonl, and writes study.md,
+trusted_rows.png and sensitivity.png beside it. Several processes may share the work (--part 1/2, --part 2/2).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,16 +49,12 @@ FORM = {
     "size 1": Variant("1 nat", {"perturbation_size": 1.0}),
     "size 3": Variant("3 nats", {"perturbation_size": 3.0}),
     "(-8, 1)": Variant("epsilon from -8 to 1 nat", {"perturbation_size": 1.0, "epsilon_range": (-8.0, 1.0)}),
-    "feature_std": Variant("delta in the features' spread", {"perturbation_scale": "feature_std", "perturbation_size": 1.0}),
-    "feature_std, CE": Variant("the same, CE warm-up", {**_FIXED, "perturbation_scale": "feature_std"}),
     "size 1, CE": Variant("1 nat, CE warm-up", _FIXED),
     "size 3, CE": Variant("3 nats, CE warm-up", {**_FIXED, "perturbation_size": 3.0}),
     "size 8, CE": Variant("8 nats, CE warm-up", {**_FIXED, "perturbation_size": 8.0}),
     "(-8, 1), CE": Variant("epsilon from -8 to 1 nat, CE warm-up", {**_FIXED, "epsilon_range": (-8.0, 1.0)}),
     "(-8, 3), CE": Variant("epsilon from -8 to 3 nats, CE warm-up", {**_FIXED, "epsilon_range": (-8.0, 3.0)}),
     "meta_lr 3e-4, CE": Variant("default, CE warm-up, slower network", {"prior_in_warmup": False, "meta_lr": 3e-4}),
-    "feature_std, through": Variant("the features' spread, training through delta, CE warm-up",
-                                    {**_FIXED, "perturbation_scale": "feature_std", "fixed_shift": False}),
     "size 1, through": Variant("1 nat, training through delta, CE warm-up", {**_FIXED, "fixed_shift": False}),
     "size 3, through": Variant("3 nats, training through delta, CE warm-up",
                                {**_FIXED, "perturbation_size": 3.0, "fixed_shift": False}),
@@ -69,7 +66,7 @@ FORM = {
 #: Meta steps from epoch 16 of 36 on, at the full learning rate: where a drift shows.
 EARLY = {
     name: Variant(FORM[name].what, FORM[name].config, FORM[name].method, {"warmup_ratio": 16 / 36})
-    for name in ("la", "(-8, 1)", "size 1, CE", "feature_std, CE", "(-8, 1), CE", "size 1, through", "(-8, 1), through")
+    for name in ("la", "(-8, 1)", "size 1, CE", "(-8, 1), CE", "size 1, through", "(-8, 1), through")
 }
 EARLY["isda_prior, CE"] = Variant(
     "ISDA + prior after CE", {"prior_in_warmup": False}, "isda_prior", {"warmup_ratio": 16 / 36}
@@ -96,9 +93,6 @@ COST = {
     "cross-entropy": Variant("", method="ce"),
     "lookahead": Variant("the paper's step in every step, M = N", PAPER_STEP),
     "lookahead M=N/4": Variant("", PAPER_STEP, settings=_SMALL),
-    "lookahead M=N/4 K=5, one update": Variant(
-        "a fifth of the updates", {**PAPER_STEP, "meta_every": 5, "meta_updates": 1}, settings=_SMALL
-    ),
     "lookahead M=N/4 K=5": Variant("five updates from one step", {**PAPER_STEP, "meta_every": 5}, settings=_SMALL),
     "lookahead, averaged": Variant("M = N, average of the meta gradient", _AVERAGED),
     "lookahead M=N/4 K=5, averaged": Variant("five updates, average", {**_AVERAGED, "meta_every": 5}, settings=_SMALL),
@@ -135,11 +129,88 @@ TASKS: dict[str, accuracy.Task] = {
         {"model": "smallconv", "epochs": 30, "milestones": (0.6, 0.8), "gamma": 0.1, "warmup_ratio": 0.5, "lr": 0.05},
     ),
 }
+
+#: Trusted rows: what is let go.
+_GATE_ONLY = {"alpha": 0.0, "meta_lr": 0.0, "covariance_lr": 0.0}
+GATE = {
+    "nothing let go (LA)": Variant("Logit Adjustment", method="la"),
+    "default": Variant("local false discovery rate, and the p-value below 0.2", _GATE_ONLY),
+    "level 0.1": Variant("and the p-value below 0.1", {**_GATE_ONLY, "gate_level": 0.1}),
+    "level 0.4": Variant("and the p-value below 0.4", {**_GATE_ONLY, "gate_level": 0.4}),
+    "hard, 0.1": Variant("the p-value below 0.1 and nothing else", {**_GATE_ONLY, "gate": "hard", "gate_level": 0.1}),
+    "hard, 0.2": Variant("the p-value below 0.2 and nothing else", {**_GATE_ONLY, "gate": "hard", "gate_level": 0.2}),
+    "told": Variant("which labels are wrong", method="oracle"),
+}
+#: Trusted rows: the perturbations.
+OMEGA = {
+    "gate only": Variant("no perturbations", _GATE_ONLY),
+    "default": Variant("once the learning rate has fallen and the rows that are kept are fitted"),
+    "fitted or not": Variant("from three quarters of the run", {"warmup_ratio": 0.75}),
+    "from half of the run": Variant("fitted or not", {"warmup_ratio": 0.5}),
+    "loss": Variant("the published meta gradient, not per unit of pull", {"objective": "loss"}),
+    "alpha 0": Variant("without the variance term", {"alpha": 0.0}),
+    "nothing learned": Variant("the variance term alone", {"meta_lr": 0.0, "covariance_lr": 0.0}),
+    "5 nats": Variant("size in nats of the margin, not trained through", {"perturbation_scale": "margin"}),
+    "5 nats, from half": Variant(
+        "the same from half of the run", {"perturbation_scale": "margin", "warmup_ratio": 0.5, "alpha": 0.0}
+    ),
+    "cheap": Variant("hypergradient of the head alone", {"hypergradient": "head"}),
+}
+_NINE = [
+    "flip",
+    "cifar10n",
+    "long_tail",
+    "long_tail_flip",
+    "balanced",
+    "balanced_small",
+    "reuters_uniform",
+    "comments",
+    "comments_flip",
+]
+
+
+def _features(title: str, **options: Any) -> accuracy.Task:
+    return accuracy.Task(
+        f"CIFAR-10 under EfficientNet-Lite0, {title}", "cifar10",
+        lambda data, seed: make.cifar_features(data, **{"seed": seed, **options}), [],
+    )  # fmt: skip
+
+
+#: Curves: how many trusted rows, how many of them wrong, how much noise.
+CURVES = {
+    "trusted": {f"{10 * n} trusted": (10 * n, {"noise": "flip", "trusted_per_class": n}) for n in (1, 2, 5, 10, 20, 50, 100)},
+    "wrong": {f"{w} % of the trusted wrong": (w, {"noise": "flip", "trusted_wrong": w / 100}) for w in (0, 5, 10, 20)},
+    "noise": {f"{w} % wrong": (w, {"noise": "flip2", "rate": w / 100}) for w in (0, 10, 20, 30, 40, 50, 60)},
+    "classes": {f"trusted rows of {c} classes": (c, {"noise": "flip", "trusted_classes": c}) for c in (2, 5, 8, 10)},
+}  # fmt: skip
+TASKS |= accuracy.PRETRAINED
+TASKS |= {
+    f"{group}: {name}": _features(name, **options)
+    for group, tasks in CURVES.items()
+    for name, (_, options) in tasks.items()
+}
+RIVALS = {
+    "Logit Adjustment": Variant("", method="la"),
+    "last layer on trusted rows": Variant("after Logit Adjustment", method="la_last_layer"),
+    "area under the margin, 20 %": Variant("", method="aum20"),
+    "gate only": Variant("", _GATE_ONLY),
+    "default": Variant(""),
+    "told": Variant("which labels are wrong", method="oracle"),
+}
 TITLES = {
+    "gate": "Trusted rows: what is let go", "omega": "Trusted rows: perturbations", "trusted": "Number of trusted rows",
+    "wrong": "Wrong labels among the trusted rows", "noise": "Share of wrong labels", "classes": "Classes without trusted rows",
     "cost": "Cheaper meta steps (test samples)", "form": "Form", "early": "Meta steps from epoch 16 on", "ablation": "Terms of the loss", "alpha": "Weight of the variance term",
     "beta": "Weight of the prior term",
 }  # fmt: skip
-GROUPS = {
+_WITH_WRONG_LABELS = [
+    t for t in TASKS if t not in ("balanced", "balanced_small", "long_tail", "comments", "noise: 0 % wrong")
+]
+TRUSTED_GROUPS = ("gate", "omega", *CURVES)
+GROUPS: dict[str, tuple[dict[str, Variant], list[str]]] = {
+    "gate": (GATE, _NINE),
+    "omega": (OMEGA, _NINE),
+    **{group: (RIVALS, [f"{group}: {name}" for name in tasks]) for group, tasks in CURVES.items()},
     "cost": (COST, ["cifar10_flip1_40", "mnist_lt"]),
     "form": (FORM, ["cifar10_lt", "cifar10_flip2_40", "colored_mnist"]),
     "early": (EARLY, ["cifar10_lt"]),
@@ -153,8 +224,9 @@ def run_one(group: str, name: str, task: str, seed: int, data: str, device: str)
     variant, chosen = GROUPS[group][0][name], TASKS[task]
     scenario = chosen.build(str(Path(data) / chosen.file), seed)
     settings = with_overrides(scenario.settings, **{**chosen.settings, **variant.settings})
-    # Everything but the cost was studied with the paper's meta step.
-    config = {**PAPER_STEP, **variant.config} if variant.method == "iada" else variant.config
+    # Without trusted rows, everything but the cost was studied with the paper's meta step.
+    published = variant.method == "iada" and group not in TRUSTED_GROUPS
+    config = {**PAPER_STEP, **variant.config} if published else variant.config
     found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
                        config=config, test=group == "cost")  # fmt: skip
     found.pop("predictions", None)
@@ -188,12 +260,70 @@ def table(runs: list[dict], group: str, task: str) -> list[str]:
     return lines
 
 
-def plot(runs: list[dict], path: Path) -> None:
+def wide_table(runs: list[dict], group: str) -> list[str]:
+    """A form a row, a task a column: the figure that is optimised there (worst group, mean of classes, or accuracy)."""
+    variants, tasks = GROUPS[group]
+    tasks = [t for t in tasks if any(r["scenario"] == t for r in runs)]
+    lines = [
+        "| form | what | " + " | ".join(t.removeprefix(f"{group}: ") for t in tasks) + " |",
+        "|---" * (2 + len(tasks)) + "|",
+    ]
+    for name, variant in variants.items():
+        cells = []
+        for task in tasks:
+            values = [_main(r) for r in runs if r["variant"] == name and r["scenario"] == task]
+            cells.append(accuracy.mean_and_spread(values) if values else "")
+        lines.append(f"| {name} | {variant.what} | " + " | ".join(cells) + " |")
+    seeds = sorted({r["seed"] for r in runs})
+    return [*lines, "", f"Seeds {', '.join(map(str, seeds))}."]
+
+
+def _main(run: dict) -> float:
+    return next(iter(run["validation"].values()))
+
+
+def plot_curves(runs: list[dict], path: Path) -> None:
+    """Accuracy against the number of trusted rows, the wrong ones among them, the noise, and the classes that have any."""
+    plt = _pyplot()
+    titles = {"trusted": "trusted rows", "wrong": "% of the trusted rows wrong", "noise": "% of the labels wrong", "classes": "classes with trusted rows"}  # fmt: skip
+    fig, axes = plt.subplots(2, 2, figsize=(9, 6.4), layout="constrained", sharey=True)
+    for ax, (group, points) in zip(axes.flat, CURVES.items(), strict=True):
+        for name in RIVALS:
+            found = {x: [100 * _main(r) for r in runs if r["variant"] == name and r["scenario"] == f"{group}: {task}"]
+                     for task, (x, _) in points.items()}  # fmt: skip
+            found = {x: values for x, values in found.items() if values}
+            style = {
+                "default": dict(color="tab:red", lw=2.2),
+                "gate only": dict(color="tab:red", ls="--"),
+                "told": dict(color="black", ls=":"),
+            }
+            ax.plot(
+                list(found), [np.mean(v) for v in found.values()], marker="o", ms=4, label=name, **style.get(name, {})
+            )
+        ax.set_xlabel(titles[group])
+        if group == "trusted":
+            ax.set_xscale("log")
+        ax.grid(alpha=0.3)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("validation accuracy in %")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Accuracy against alpha and beta."""
+    plt = _pyplot()
     fig, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained", sharey=True)
     for ax, group in zip(axes, ("alpha", "beta"), strict=True):
         points: dict[float, list[float]] = {}
@@ -215,10 +345,18 @@ def render(folder: Path) -> str:
     notes = folder / "study_notes.md"
     text = [notes.read_text().rstrip() if notes.is_file() else "# The study behind the defaults"]
     for group, (_, tasks) in GROUPS.items():
+        in_group = [r for r in runs if r["group"] == group]
+        if group in TRUSTED_GROUPS:
+            if in_group:
+                text += ["", f"## {TITLES[group]}", "", *wide_table(in_group, group)]
+            continue
         for task in tasks:
             own = [r for r in runs if r["group"] == group and r["scenario"] == task]
             if own:
                 text += ["", f"## {TITLES[group]}: {TASKS[task].title}", "", *table(own, group, task)]
+    if curves := [r for r in runs if r["group"] in CURVES]:
+        plot_curves(curves, folder / "trusted_rows.png")
+        text += ["", "![Accuracy against the number of trusted rows and the share of wrong labels](trusted_rows.png)"]
     if any(r["group"] == "alpha" for r in runs):
         plot(runs, folder / "sensitivity.png")
         text += ["", "![Validation accuracy against alpha and beta](sensitivity.png)"]
@@ -232,6 +370,7 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", choices=list(TASKS))
     parser.add_argument("--variant", nargs="+", help="forms of the group; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
@@ -240,15 +379,24 @@ def main() -> None:
     if not args.render:
         if not args.data:
             parser.error("--data is needed: the folder that holds cifar10/ and mnist/")
+        part, parts = map(int, args.part.split("/"))
+        number = -1
         for group in args.group:
             variants, tasks = GROUPS[group]
-            for task in [t for t in tasks if not args.scenario or t in args.scenario]:
-                for seed in args.seeds:
-                    for name in [v for v in variants if not args.variant or v in args.variant]:
-                        wanted = {"group": group, "variant": name, "scenario": task, "seed": seed}
-                        if accuracy.key(wanted) not in {accuracy.key(r) for r in accuracy.read(path)}:
-                            print(f"{group}: {name}, {task}, seed {seed}", flush=True)
-                            accuracy.append(path, run_one(group, name, task, seed, args.data, args.device))
+            for seed, task in itertools.product(args.seeds, tasks):
+                if args.scenario and task not in args.scenario:
+                    continue
+                for name in [v for v in variants if not args.variant or v in args.variant]:
+                    if name == "told" and task not in _WITH_WRONG_LABELS:
+                        continue
+                    number += 1
+                    wanted = {"group": group, "variant": name, "scenario": task, "seed": seed}
+                    if number % parts != part - 1 or accuracy.key(wanted) in {
+                        accuracy.key(r) for r in accuracy.read(path)
+                    }:
+                        continue
+                    print(f"{group}: {name}, {task}, seed {seed}", flush=True)
+                    accuracy.append(path, run_one(group, name, task, seed, args.data, args.device))
     text = render(args.results)
     (args.results / "study.md").write_text(text)
     print(text)

@@ -23,16 +23,15 @@ class IADAConfig:
         ValueError: naming the first setting that is out of range, and its range.
     """
 
-    alpha: float | None = _setting(
-        None,
-        "Weight of the variance term; 0 switches it off. Sensible: 0.25 to 0.75 (tune over 0.1 to 1). Default: 0.5; 0 with trusted"
-        " rows.",
+    alpha: float = _setting(
+        0.5, "Weight of the variance term; 0 switches it off. Sensible: 0.25 to 0.75 (tune over 0.1 to 1)."
     )
     beta: float = _setting(1.0, "Weight of the class-prior term; 0 switches it off. Sensible: 0.75 to 1.25.")
     warmup_ratio: float | None = _setting(
         None,
         "Share of the run that is warm-up, without perturbation. Default: 0.8; with trusted rows the warm-up ends one epoch after the"
-        " rows that are kept are fitted (training accuracy over 95 % in an epoch), after half of the run at the earliest: before, perturbations do harm.",
+        " learning rate has fallen to a quarter of its largest value and the rows that are kept are fitted (training accuracy over 85 %"
+        " in an epoch): before, perturbations do harm.",
     )
     warmup_epochs: float | None = _setting(
         None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."
@@ -102,16 +101,20 @@ class IADAConfig:
         (-1.0, 1.0),
         "Range of epsilon, which starts at 0, or in the middle of a range without 0 inside. (-1, 0): only letting go.",
     )
-    perturbation_scale: str = _setting(
-        "margin",
+    perturbation_scale: str | None = _setting(
+        None,
         "What delta is measured in: 'margin' (the change of the own logit's lead over the others, in nats, whatever the"
-        " width of the features), or 'unit' per feature (the paper). A constant in every gradient.",
+        " width of the features), or 'unit' per feature (the paper). A constant in every gradient. Default: 'margin'; 'unit' with"
+        " trusted rows, where perturbations begin late and wrong labels are not theirs to find.",
     )
-    perturbation_size: float = _setting(5.0, "Size of delta at epsilon = 1, in units of perturbation_scale. Paper: 1.")
-    fixed_shift: bool = _setting(
-        True,
+    perturbation_size: float | None = _setting(
+        None,
+        "Size of delta at epsilon = 1, in units of perturbation_scale. Default: 5 nats, or 1 unit as in the paper.",
+    )
+    fixed_shift: bool | None = _setting(
+        None,
         "Do not train the classifier's weights through delta. False is the paper's form: they then adapt to a delta that"
-        " stays, which the virtual step does not foresee.",
+        " stays, which the virtual step does not foresee. Default: True with 'margin', False with 'unit'.",
     )
     prior_in_warmup: bool = _setting(
         True, "The prior term in the warm-up too: Logit Adjustment there. False is the paper's plain cross-entropy."
@@ -141,7 +144,7 @@ class IADAConfig:
         except (TypeError, ValueError):
             raise ValueError(f"IADAConfig: epsilon_range={self.epsilon_range!r} must be (low, high).") from None
         self.epsilon_range = (low, high)
-        self._check("alpha", self.alpha is None or self.alpha >= 0, "None or at least 0")
+        self._check("alpha", self.alpha >= 0, "at least 0")
         self._check("beta", self.beta >= 0, "at least 0")
         wanted = "None or in [0, 1), such as 0.8 for 80 %"
         self._check("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, wanted)
@@ -160,7 +163,12 @@ class IADAConfig:
         limit = 1.0 if self.covariance_step == "relative" else math.inf
         self._check("covariance_lr", 0 <= self.covariance_lr < limit, f"in [0, {limit:g})")
         self._check("virtual_lr", self.virtual_lr is None or self.virtual_lr > 0, "None or positive")
-        self._check("perturbation_size", self.perturbation_size > 0, "positive")
+        self._check(
+            "perturbation_size", self.perturbation_size is None or self.perturbation_size > 0, "None or positive"
+        )
+        self._check(
+            "fixed_shift", self.fixed_shift is None or isinstance(self.fixed_shift, bool), "None, True or False"
+        )
         self._check("epsilon_range", -math.inf < low < high < math.inf, "(low, high) with low < high")
         for name, choices in _CHOICES.items():
             self._check(name, getattr(self, name) in choices, "one of " + ", ".join(map(repr, choices)))
@@ -209,8 +217,14 @@ class IADAConfig:
         return cls(**{"warmup_epochs": 1, **settings})
 
     def resolved(self, trusted: bool) -> IADAConfig:
-        """With a value for each setting whose default depends on whether there are trusted rows."""
-        chosen = {"alpha": 0.0 if trusted else 0.5, "objective": "pull" if trusted else "loss"}
+        """With a value for each setting whose default depends on others, or on whether there are trusted rows."""
+        scale = self.perturbation_scale or ("unit" if trusted else "margin")
+        chosen: dict[str, Any] = {
+            "objective": "pull" if trusted else "loss",
+            "perturbation_scale": scale,
+            "perturbation_size": 5.0 if scale == "margin" else 1.0,
+            "fixed_shift": scale == "margin",
+        }
         if not trusted:
             chosen["warmup_ratio"] = 0.8
         return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
@@ -236,7 +250,14 @@ class IADAConfig:
         return cls() if config is None else config
 
 
-_NUMBERS_OR_NONE = ("alpha", "warmup_ratio", "warmup_epochs", "meta_momentum", "meta_batch_size", "virtual_lr")
+_NUMBERS_OR_NONE = (
+    "perturbation_size",
+    "warmup_ratio",
+    "warmup_epochs",
+    "meta_momentum",
+    "meta_batch_size",
+    "virtual_lr",
+)
 _CHOICES = {
     "covariance_step": ("relative", "plain"),
     "covariance": ("auto", *COVARIANCES),
@@ -246,5 +267,5 @@ _CHOICES = {
     "objective": (None, "loss", "pull"),
     "gate": ("none", "hard", "local_fdr"),
     "on_failure": ("skip", "stop"),
-    "perturbation_scale": ("unit", "margin"),
+    "perturbation_scale": (None, "unit", "margin"),
 }

@@ -204,7 +204,9 @@ class MetaIADA(Guest):
             "Meta-IADA on %s of %s: warm-up %s, then a meta step every %d; class covariances %s, %.1f MB",
             *(self.classifier_name, type(self.model).__name__),
             *(
-                "until the training set is fitted" if self.warmup.open else f"for {self.warmup.steps} steps",
+                "until the training set is fitted at a low learning rate"
+                if self.warmup.open
+                else f"for {self.warmup.steps} steps",
                 config.meta_every,
             ),
             *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
@@ -217,7 +219,7 @@ class MetaIADA(Guest):
         except ValueError as error:
             if self.reference is None:
                 raise
-            self.config = replace(self.config, meta_lr=0.0, covariance_lr=0.0)
+            self.config = replace(self.config, alpha=0.0, meta_lr=0.0, covariance_lr=0.0)
             warnings.warn(f"no perturbations in this run, labels are let go all the same: {error}")
 
     def _begin_head(self, linear: nn.Linear) -> None:
@@ -471,17 +473,19 @@ class MetaIADA(Guest):
                 self.schedule.gradient.commit(step.average, step.gradient_fine, step.half)
             followers = () if self.reference is None else (self.reference,)
             step.commit((*followers, self.statistics, self.learner, *self.observers))
-            if self.reference is not None and self.warmup.open and self.reference.fitted(step.number + 1):
-                self._end_warmup(step.number + 1)
+            if self.reference is not None and self.warmup.open:
+                self.reference.follow_rate(max(float(group["lr"]) for group in self.optimizer.param_groups))
+                if self.reference.settled():
+                    self._end_warmup(step.number + 1)
 
     def _end_warmup(self, step: int) -> None:
-        """The training set is fitted: perturbations may help from now on."""
+        """The training set is fitted and the learning rate low: perturbations may help from now on."""
         self.head.reset_statistics()
         self.warmup.end_after(step)
         logger.info(
-            "Meta-IADA: %.1f %% of the rows that are kept are predicted right at step %d: class statistics for one epoch, then"
-            " perturbations from step %d on.",
-            *(100 * self.reference.accuracy, step, self.warmup.steps),  # type: ignore[union-attr]
+            "Meta-IADA: at step %d the learning rate has fallen and %.1f %% of the rows that are kept are predicted right: class"
+            " statistics for one epoch, then perturbations from step %d on.",
+            *(step, 100 * self.reference.accuracy, self.warmup.steps),  # type: ignore[union-attr]
         )
 
     def _throw_away(self) -> None:

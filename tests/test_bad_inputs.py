@@ -158,7 +158,7 @@ row("alpha text", lambda t: IADAConfig(alpha="0.5"), ValueError, "alpha='0.5' mu
 row("beta NaN", lambda t: IADAConfig(beta=NAN), ValueError, "beta=nan must be")
 for seed in (0.5, -1, 2**40, NAN):
     row(f"seed {seed}", lambda t, seed=seed: IADAConfig(seed=seed), ValueError, r"IADAConfig: seed=.* must be a whole number in \[0, 2\*\*32")
-row("NumPy's numbers", lambda t: IADAConfig(seed=np.int64(3), alpha=np.float32(0.5), fixed_shift=np.True_) == IADAConfig(seed=3, alpha=0.5), "right")
+row("NumPy's numbers", lambda t: IADAConfig(seed=np.int64(3), alpha=np.float32(0.5), fixed_shift=np.True_) == IADAConfig(seed=3, alpha=0.5, fixed_shift=True), "right")
 
 # ----------------------------------------------------------------------------------------------------- making MetaIADA
 row("config empty dict", lambda t: make(config={}), TypeError, r"pass IADAConfig\(")

@@ -12,10 +12,11 @@ from .trusted import GATES
 
 #: Epochs after which the gate begins, or a third of a shorter run.
 GATE_START = 3
-#: Perturbations begin after this share of the run at the earliest.
-OMEGA_START = 0.5
+#: Perturbations begin where the learning rate has fallen to this share of its largest value at the latest: published runs start them
+#: after its first drop. At a high rate the classifier adapts to them, which did great harm on small networks.
+LOW_RATE = 0.25
 #: The training set counts as fitted from this accuracy on, of the rows that are kept, over an epoch.
-FITTED = 0.95
+FITTED = 0.85
 
 
 class TrustedReference:
@@ -51,10 +52,10 @@ class TrustedReference:
         self.histories = Histories(num_rows, device=device)
         start = GATE_START if epochs is None else max(1, min(GATE_START, int(epochs // 3)))
         self.start = start * steps_per_epoch
-        self.omega_start = 0 if epochs is None else int(OMEGA_START * epochs * steps_per_epoch)
         self.gate = None if gate == "none" else GATES[gate](level, min_visits=min(2, start), groups="auto")
         self.weight = torch.ones(num_rows, device=device)
         self.accuracy = 0.0
+        self._rate = self._peak_rate = 0.0
         self._fit = torch.zeros(2, device=device)  # kept samples of this epoch, and those that were predicted right
 
     def observe(self, logits: Tensor, log_prior: Tensor | None, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
@@ -86,10 +87,14 @@ class TrustedReference:
         """Whether the gate has been refreshed by that step."""
         return step >= self.start
 
-    def fitted(self, step: int) -> bool:
-        """Whether perturbations may begin: half of the run is over, and the model fits the rows that are kept. Before, they do harm
+    def follow_rate(self, rate: float) -> None:
+        """Take in the learning rate of a step."""
+        self._rate, self._peak_rate = rate, max(rate, self._peak_rate)
+
+    def settled(self) -> bool:
+        """Whether perturbations may begin: the learning rate has fallen, and the model fits the rows that are kept. Before, they do harm
         (on a network that does not fit clean, balanced data they let half of it go)."""
-        return step >= self.omega_start and self.accuracy >= FITTED
+        return self.accuracy >= FITTED and self._rate <= LOW_RATE * self._peak_rate
 
     def let_go(self) -> float:
         """Share of the rows that are let go."""
@@ -103,6 +108,7 @@ class TrustedReference:
             "weight": self.weight,
             "fit": self._fit,
             "accuracy": torch.tensor(self.accuracy, dtype=torch.float64),
+            "rate": torch.tensor([self._rate, self._peak_rate], dtype=torch.float64),
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -113,3 +119,4 @@ class TrustedReference:
         self.weight.copy_(state["weight"])
         self._fit.copy_(state["fit"])
         self.accuracy = float(state["accuracy"])
+        self._rate, self._peak_rate = state["rate"].tolist()

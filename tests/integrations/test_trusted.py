@@ -54,20 +54,23 @@ def make(wrong=0.3, epochs=8, **config):
 
 def test_wrong_labels_are_let_go():
     iada, model, optimizer, loader, mistaken = make()
+    twin = copy.deepcopy(model)
     train(iada, model, optimizer, loader, 8)
+    other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    train(lambda z, y, ids: F.cross_entropy(z, y), twin, other, loader, 8)
     gone = iada.reference.weight == 0
     assert gone[mistaken].float().mean() > 0.9 and gone[~mistaken].float().mean() < 0.45
     assert iada.pop_metrics()["iada/let_go"] == pytest.approx(float(gone.float().mean()))
     assert iada.reference.histories.visits.tolist() == [8] * N  # also of rows that are let go
     right = (torch.arange(N) % C).tolist()
-    model.eval()
     with torch.no_grad():
-        assert (model(problem()[0]).argmax(1) == torch.tensor(right)).float().mean() > 0.9
+        found, plain = ((m.eval()(problem()[0]).argmax(1) == torch.tensor(right)).float().mean() for m in (model, twin))
+    assert found > 0.8 and found > plain + 0.05
 
 
 def test_clean_data_lose_nothing():
     """Bit for bit the training with the class prior alone: no row is let go."""
-    iada, model, optimizer, loader, _ = make(wrong=0.0, meta_lr=0.0)
+    iada, model, optimizer, loader, _ = make(wrong=0.0, meta_lr=0.0, alpha=0.0)
     twin = copy.deepcopy(model)
     train(iada, model, optimizer, loader, 8)
     other = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
@@ -91,25 +94,27 @@ def test_the_weight_is_in_the_loss_of_both_phases():
         torch.testing.assert_close(iada(model(x), y, 7.0, rows), expected * len(rows) / 7)
 
 
-@pytest.mark.parametrize("gate", ["hard", "local_fdr", "none"])
-def test_a_resumed_run_goes_on_exactly(gate):
+@pytest.mark.parametrize("gate, warmup", [("hard", 4), ("local_fdr", 4), ("none", 4), ("local_fdr", None)])
+def test_a_resumed_run_goes_on_exactly(gate, warmup):
     """In the middle of an epoch, with histories, weights and the perturbation network."""
 
     def run(stop):
-        iada, model, optimizer, loader, _ = make(gate=gate, warmup_epochs=4)
+        iada, model, optimizer, loader, _ = make(gate=gate, warmup_epochs=warmup)
         steps = 0
         for epoch in range(8):
             torch.manual_seed(epoch)
+            optimizer.param_groups[0]["lr"] = 0.1 if epoch < 4 else 0.02
             for x, y, rows in loader:
                 if steps == stop:
                     state = copy.deepcopy((iada.state_dict(), model.state_dict(), optimizer.state_dict()))
-                    iada, model, optimizer, _, _ = make(gate=gate, warmup_epochs=4)
+                    iada, model, optimizer, _, _ = make(gate=gate, warmup_epochs=warmup)
                     iada.load_state_dict(state[0]), model.load_state_dict(state[1]), optimizer.load_state_dict(state[2])
                     model.train()
                 optimizer.zero_grad()
                 iada(model(x), y, ids=rows).backward()
                 optimizer.step()
                 steps += 1
+        assert iada.meta_batches.drawn > 0
         return {**iada.state_dict(), **model.state_dict()}
 
     expected = run(None)
@@ -118,21 +123,24 @@ def test_a_resumed_run_goes_on_exactly(gate):
         assert all(torch.equal(expected[k], found[k]) for k in expected)
 
 
-def test_perturbations_begin_where_the_kept_rows_are_fitted():
+@pytest.mark.parametrize("share, first, begins", [(0.25, 0.1, True), (0.3, 0.1, False), (0.25, 1e-5, False)])
+def test_perturbations_begin_where_the_kept_rows_are_fitted_at_a_low_learning_rate(share, first, begins):
+    """An epoch after the rate fell to a quarter; never where it fell to less, or where the rows are not fitted."""
     iada, model, optimizer, loader, _ = make(epochs=12)
-    assert iada.warmup.open
-    train(iada, model, optimizer, loader, 12)
-    assert not iada.warmup.open and iada.warmup.statistics_start >= 6 * len(loader)
-    assert iada.warmup.steps == iada.warmup.statistics_start + len(loader) < iada.step
-    assert iada.meta_batches.drawn == iada.step - iada.warmup.steps
-    iada, model, optimizer, loader, _ = make(epochs=12)
-    for group in optimizer.param_groups:
-        group["lr"] = 1e-5  # it never fits
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(iada, model, optimizer, loader, 12)
-        iada.close()
-    assert iada.warmup.open and iada.meta_batches.drawn == 0
+        for start, end, rate in ((0, 6, first), (6, 12, share * first)):
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            assert iada.warmup.open
+            train(iada, model, optimizer, loader, end, start)
+    if begins:
+        assert iada.warmup.statistics_start == 6 * len(loader) + 1  # after the first step at the lower rate
+        assert iada.warmup.steps == iada.warmup.statistics_start + len(loader)
+        assert iada.meta_batches.drawn == iada.step - iada.warmup.steps > 0
+    else:
+        assert iada.warmup.open and iada.meta_batches.drawn == 0
+    iada.close()
 
 
 def test_classes_without_trusted_rows_lose_nothing():
