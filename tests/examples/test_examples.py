@@ -87,21 +87,8 @@ def test_augmented_images(tmp_path):
 
 def test_civilcomments_on_a_file(tmp_path):
     data = write(tmp_path / "all_data_with_identities.csv", wilds_rows())
-    common = (
-        "--data",
-        data,
-        "--model",
-        "small",
-        "--max-length",
-        32,
-        "--epochs",
-        2,
-        "--warmup-epochs",
-        1,
-        "--min-group-size",
-        5,
-    )
-    common += ("--meta-per-group", 2, "--output", tmp_path / "out")
+    common = ("--data", data, "--model", "small", "--max-length", 32, "--epochs", 2, "--min-group-size", 5)
+    common += ("--trusted-per-group", 4, "--wrong-labels", 0.25, "--output", tmp_path / "out")
     out = run("civilcomments.py", *common)
     assert "worst group" in out and "bootstrap" in out and "SYNTHETIC" not in out
     found = results(tmp_path / "out")
@@ -109,7 +96,9 @@ def test_civilcomments_on_a_file(tmp_path):
     average, rows = found["methods"]["iada"]["average"], found["rows"]
     for method in found["methods"].values():
         assert set(method["groups"]) == set(GROUPS) and 0 <= method["worst_group"] <= method["average"] <= 1
-    assert rows["meta"] + rows["val"] == 400
+    assert rows["trusted"] + rows["train"] == 400 and rows["val"] == 400
+    turned, of = map(int, re.search(r"(\d+) of (\d+) training labels were turned over", out).groups())
+    assert of == rows["train"] and turned / of == pytest.approx(0.25, abs=0.08)
     picture = Image.open(tmp_path / "out" / "group_accuracy.png")
     assert picture.size[0] > 1000 and len(set(picture.convert("L").resize((60, 30)).tobytes())) > 10
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -136,7 +125,7 @@ def test_civilcomments_errors_are_one_line(tmp_path):
     for wrong, message in (
         ("alfa=1", "--config alfa=1: give NAME=VALUE"),
         ("alpha", "--config alpha: give NAME=VALUE"),
-        ("alpha=-1", "alpha=-1 must be None or at least 0"),
+        ("alpha=-1", "alpha=-1 must be at least 0"),
         ("schedule=none", "schedule='none'"),
     ):
         out = run("civilcomments.py", "--config", wrong, ok=False)
