@@ -12,8 +12,6 @@ from torch import Tensor
 MARGIN_LIMIT = 8.0
 #: Values are added up as multiples of 2^-32: whole numbers, whose sum is the same in every order on every device.
 _UNIT = 2.0**32
-#: Beyond this a value is cut off, which keeps the sums within 64 bits.
-_LARGEST = 2.0**20
 
 
 def adjusted_margin(logits: Tensor, log_prior: Tensor | None, labels: Tensor, limit: float = MARGIN_LIMIT) -> Tensor:
@@ -35,7 +33,7 @@ def adjusted_margin(logits: Tensor, log_prior: Tensor | None, labels: Tensor, li
 
 
 class Histories:
-    """Running means of each training row, on the device; 12 bytes a row, 20 with ``agreement``.
+    """Running mean margin of each training row, on the device; 12 bytes a row.
 
     A row's mean is the plain mean of its first ``1 / rate`` visits, and forgets at ``rate`` a visit afterwards. In several
     processes each gives the rows of all of them (see :func:`~iada_plugin.runtime.processes.gather_rows`): the result is then
@@ -46,22 +44,17 @@ class Histories:
         num_rows: R, of the training set.
         device: where the state lives.
         rate: least share of a visit in the mean, in (0, 1].
-        agreement: keep the agreement with the meta gradient, too.
 
     Attributes:
         margin: ``[R]`` float32, running mean margin in nats; 0 before the first visit.
         visits: ``[R]`` int32.
         label: ``[R]`` int32, the label at the last visit; -1 before the first.
-        agreement: ``[R]`` float32, running mean agreement, or ``None``.
-        meta_visits: ``[R]`` int32, the visits it is a mean of, or ``None``.
 
     Raises:
         ValueError: no rows, or a rate outside (0, 1].
     """
 
-    def __init__(
-        self, num_rows: int, *, device: torch.device | str, rate: float = 0.05, agreement: bool = False
-    ) -> None:
+    def __init__(self, num_rows: int, *, device: torch.device | str, rate: float = 0.05) -> None:
         if num_rows < 1:
             raise ValueError(f"num_rows={num_rows} must be at least 1: the number of rows of the training set.")
         if not 0 < rate <= 1:
@@ -72,8 +65,6 @@ class Histories:
         self.margin = torch.zeros(num_rows, device=device)
         self.visits = torch.zeros(num_rows, device=device, dtype=torch.int32)
         self.label = torch.full((num_rows,), -1, device=device, dtype=torch.int32)
-        self.agreement = torch.zeros_like(self.margin) if agreement else None
-        self.meta_visits = torch.zeros_like(self.visits) if agreement else None
 
     @torch.no_grad()
     def update(self, rows: Tensor, margin: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
@@ -95,30 +86,24 @@ class Histories:
         if not rows.shape[0]:
             return
         step = _Step.of(rows, margin, labels, weight)
-        self._advance(step, self.margin, self.visits)
+        before = self.visits.index_select(0, step.rows).float()
+        after = before + step.visits
+        number = (before + step.rank).clamp_min(1)  # which visit of its row each one is
+        share = (1 / number).clamp_min(self.rate) * self._kept(number, after)
+        values = torch.where(step.counts, step.values * share, 0)
+        total = step.total_of((values * _UNIT).round().long()).float() / _UNIT
+        old = self.margin.index_select(0, step.rows)
+        new = torch.where(step.visits > 0, old * self._kept(before, after) + total, old)
         last = step.total_of(torch.where(step.counts & (step.rank == step.visits), step.labels, 0))
         label = torch.where(step.visits > 0, last.to(torch.int32), self.label.index_select(0, step.rows))
+        # Every occurrence of a row writes the same values.
+        self.margin.index_copy_(0, step.rows, new)
+        self.visits.index_copy_(0, step.rows, after.to(self.visits.dtype))
         self.label.index_copy_(0, step.rows, label)
-
-    @torch.no_grad()
-    def update_agreement(self, rows: Tensor, agreement: Tensor, weight: Tensor | None = None) -> None:
-        """Take in the agreement ``[N]`` of one step's samples with its meta gradient, as :meth:`update` does margins.
-
-        Raises:
-            RuntimeError: these histories keep none.
-            ValueError: as :meth:`update`.
-        """
-        if self.agreement is None or self.meta_visits is None:
-            raise RuntimeError("these histories keep no agreement: make them with Histories(..., agreement=True).")
-        self._check(rows, agreement=agreement, weight=weight)
-        if rows.shape[0]:
-            step = _Step.of(rows, agreement.clamp(-_LARGEST, _LARGEST), torch.zeros_like(rows), weight)
-            self._advance(step, self.agreement, self.meta_visits)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors, by name."""
-        names = ("margin", "visits", "label", "agreement", "meta_visits")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"margin": self.margin, "visits": self.visits, "label": self.label}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors in.
@@ -153,20 +138,6 @@ class Histories:
             if wrong.numel():
                 raise ValueError(f"row {int(wrong[0])} is not in 0..{self.num_rows - 1}: the histories are of {self.num_rows}"
                                  " training rows.")  # fmt: skip
-
-    def _advance(self, step: _Step, mean: Tensor, visits: Tensor) -> None:
-        """Move means by the step's visits."""
-        before = visits.index_select(0, step.rows).float()
-        after = before + step.visits
-        number = (before + step.rank).clamp_min(1)  # which visit of its row each one is
-        share = (1 / number).clamp_min(self.rate) * self._kept(number, after)
-        values = torch.where(step.counts, step.values * share, 0)
-        total = step.total_of((values * _UNIT).round().long()).float() / _UNIT
-        old = mean.index_select(0, step.rows)
-        new = torch.where(step.visits > 0, old * self._kept(before, after) + total, old)
-        # Every occurrence of a row writes the same value.
-        mean.index_copy_(0, step.rows, new)
-        visits.index_copy_(0, step.rows, after.to(visits.dtype))
 
     def _kept(self, start: Tensor, end: Tensor) -> Tensor:
         """What is left of a mean of ``start`` visits after visit ``end``: the product of ``1 - max(1 / k, rate)`` over the visits

@@ -48,43 +48,30 @@ def test_many_visits_of_one_row_in_a_step():
 
 
 def test_the_order_within_a_step_does_not_matter_to_the_last_bit():
-    one, other = (Histories(5, device="cpu", agreement=True) for _ in range(2))
+    one, other = (Histories(5, device="cpu") for _ in range(2))
     for _ in range(30):
         rows, labels = torch.randint(5, (16,)), torch.randint(3, (16,))
         values = torch.randn(16) * 3
         shuffled = torch.randperm(16)
         for histories, order in ((one, torch.arange(16)), (other, shuffled)):
             histories.update(rows[order], values[order], labels[order])
-            histories.update_agreement(rows[order], values[order])
     for name, value in one.state_dict().items():
         assert torch.equal(value, other.state_dict()[name]), name
 
 
-def test_agreement_is_a_running_mean_of_its_own():
-    histories = Histories(3, device="cpu", agreement=True)
-    histories.update_agreement(torch.tensor([0, 2, 2]), torch.tensor([1.0, 2.0, torch.nan]))
-    histories.update_agreement(torch.tensor([0]), torch.tensor([2.0]), torch.tensor([1.0]))
-    torch.testing.assert_close(histories.agreement, torch.tensor([1.5, 0.0, 2.0]))
-    assert histories.meta_visits.tolist() == [2, 0, 1] and histories.visits.sum() == 0
-    with pytest.raises(RuntimeError, match="agreement=True"):
-        Histories(3, device="cpu").update_agreement(torch.tensor([0]), torch.tensor([1.0]))
-
-
 def test_nothing_waits_for_the_device():
     """On the meta device, which has no values: whatever would read one fails."""
-    histories = Histories(50, device="meta", agreement=True)
+    histories = Histories(50, device="meta")
     rows, values = torch.zeros(8, dtype=torch.long, device="meta"), torch.empty(8, device="meta")
     logits, prior = torch.empty(8, 3, device="meta"), torch.empty(3, device="meta")
     margin = adjusted_margin(logits, prior, rows)
     histories.update(rows, margin, rows, values)
-    histories.update_agreement(rows, values)
     assert histories.margin.shape == (50,) and margin.shape == (8,)
 
 
 def test_bytes_a_row():
-    for agreement, size in ((False, 12), (True, 20)):
-        state = Histories(1000, device="cpu", agreement=agreement).state_dict()
-        assert sum(t.numel() * t.element_size() for t in state.values()) == 1000 * size
+    state = Histories(1000, device="cpu").state_dict()
+    assert sum(t.numel() * t.element_size() for t in state.values()) == 1000 * 12
 
 
 def test_adjusted_margin():
@@ -102,17 +89,15 @@ def test_adjusted_margin():
 
 
 def test_state():
-    histories = Histories(4, device="cpu", agreement=True)
+    histories = Histories(4, device="cpu")
     histories.update(torch.tensor([1, 3]), torch.tensor([1.0, -2.0]), torch.tensor([0, 5]))
-    copy = Histories(4, device="cpu", agreement=True)
+    copy = Histories(4, device="cpu")
     copy.load_state_dict({k: v.clone() for k, v in histories.state_dict().items()})
     assert copy.margin.tolist() == [0, 1, 0, -2] and copy.label.tolist() == [-1, 0, -1, 5]
-    plain = Histories(4, device="cpu")
-    plain.load_state_dict(histories.state_dict())
-    with pytest.raises(ValueError, match="no agreement, meta_visits"):
-        histories.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match="no margin, visits"):
+        histories.load_state_dict({"label": histories.label})
     with pytest.raises(ValueError, match="of 4 training rows, and there are 5 now"):
-        Histories(5, device="cpu").load_state_dict(plain.state_dict())
+        Histories(5, device="cpu").load_state_dict(histories.state_dict())
 
 
 @pytest.mark.parametrize(
