@@ -227,12 +227,17 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
+#: What is kept of each epoch.
+_CURVE = ("epoch", "loss", "train_accuracy", "validation", "iada/let_go")
+
+
 def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namespace) -> dict:
     on = machine(args.device)
     scenario = task.build(str(Path(args.data) / task.file), seed)
     settings = with_overrides(scenario.settings, **task.settings)
     found = run_method(scenario, METHODS[method], settings=settings, seed=seed, device=args.device)
     predictions = found.pop("predictions")
+    found["curve"] = [{k: v for k, v in epoch.items() if k in _CURVE} for epoch in found["curve"]]
     if scenario.test.groups is not None and scenario.test.groups.dim() == 2:
         correct = (predictions == scenario.test.y).numpy()
         found["worst_group_interval_95"] = metrics.worst_group_interval(
@@ -326,13 +331,21 @@ def _difference(pairs: np.ndarray) -> str:
     return text + ")"
 
 
+_DATA = {
+    False: "Methods with a meta step and those named after it use the meta set, the others do not.",
+    True: "Every method trains on the trusted rows along with the rest; those with a meta step, a last layer on them, gold loss correction"
+          " and area under the margin use them again. The last layer's penalty was chosen on validation samples for each run; of"
+          " Meta-IADA nothing was set from task to task. Features are frozen, but for the small networks from scratch.",
+}  # fmt: skip
+
+
 def render(preset: str, folder: Path) -> str:
     runs = read(folder / f"accuracy_{preset}.jsonl")
     tasks = PRESETS[preset]
     text = [f"# Accuracy, preset {preset}", "",
             "Test figures in %, mean and standard deviation over seeds, best in bold (over the seeds that all methods have)."
-            " Every method of a table has the same weights at the start, the same epochs and the same optimizer. Methods with"
-            " a meta step and those named after it use the meta set, the others do not; GroupDRO and LISA are told the groups"
+            " Every method of a table has the same weights at the start, the same epochs and the same optimizer. "
+            f"{_DATA[preset == 'pretrained']} GroupDRO and LISA are told the groups"
             " of the training samples, the others are not. The last but one column gives Meta-IADA's difference on each seed"
             " and the p-value of a paired t-test (three seeds: read it with care). What the methods are:"
             " [docs/baselines.md](../../docs/baselines.md). Made by"

@@ -24,7 +24,16 @@ from .perturbation.reference import TrustedReference
 from .runtime import state
 from .runtime.batches import MetaBatches
 from .runtime.capture import Capture, Forward
-from .runtime.checks import check_denominator, check_processes, unwrap_model, unwrap_optimizer, zero_groups
+from .runtime.checks import (
+    check_denominator,
+    check_last_batch,
+    check_processes,
+    check_rates,
+    check_types,
+    unwrap_model,
+    unwrap_optimizer,
+    zero_groups,
+)
 from .runtime.failures import Failures
 from .runtime.guest import Guest
 from .runtime.labels import labels_of, require_all_classes
@@ -133,6 +142,9 @@ class MetaIADA(Guest):
         # FSDP and DeepSpeed do not accumulate in p.grad.
         self._gradients_elsewhere = groups is not None or is_fsdp(self.model)
         self.classifier_name, linear = find_classifier(self.model, classifier)
+        check_types(self.model, linear)
+        if (config.virtual_lr is None and config.schedule == "lookahead") or self.warmup.open:
+            check_rates(self.optimizer)
         parameters = TANGENTS[config.hypergradient].parameters_of(self.model, linear, config)
         SCHEDULES[config.schedule].check(self.model, config)
         self._parameters_moved = list(parameters.values())
@@ -148,6 +160,7 @@ class MetaIADA(Guest):
                 "Meta-IADA needs samples with right labels: pass trusted_rows=, rows of the training set (with train_set=), or"
                 " meta_loader=."
             )
+        check_last_batch(self.model, meta_loader)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
         self._begin_head(linear)
         try:

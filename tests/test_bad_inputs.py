@@ -7,18 +7,21 @@ import torch.nn.functional as F
 from models import MLP
 from safetensors.torch import save
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.nn.utils import prune
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from iada_plugin import IADAConfig, IADAHead, MetaIADA, MetaIADACallback
 from iada_plugin import data as D
 from iada_plugin.functional import LowRank
 from iada_plugin.functional import logits as IF
+from iada_plugin.head import find_classifier
 from iada_plugin.integrations.checkpoint import load_state, save_state
 
 NAN, INF = float("nan"), float("inf")
 X, Y = torch.randn(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
 H, W, L = torch.randn(7, 6, generator=torch.Generator().manual_seed(1)), torch.eye(4, 6), torch.arange(7) % 4
 EYE, LABELS, CELLS = torch.eye(6).repeat(4, 1, 1), [0] * 20 + [1] * 10, np.arange(120) % 3
+SET = TensorDataset(X, Y)
 digits = {"images": np.zeros((12, 2, 2)), "digits": np.arange(12) % 10}
 
 
@@ -143,6 +146,39 @@ def task(**options):
 
     options = {"meta_loader": [(X, Y)], "steps_per_epoch": 1, "config": IADAConfig(warmup_epochs=1), **options}
     return MetaIADATask(MLP(), **options)
+
+
+def body(head, norm=None):
+    return nn.Sequential(nn.Linear(6, 16), norm or nn.Tanh(), head)
+
+
+def pruned(layer):
+    return prune.l1_unstructured(layer, "weight", 0.3)
+
+
+class Complex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(6, 6, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(torch.complex64) @ self.w).real
+
+
+def rateless(model):
+    """As Adafactor with relative_step."""
+    optimizer = sgd(model)
+    optimizer.param_groups[0]["lr"] = None
+    return optimizer
+
+
+def with_default(dtype, call):
+    model = MLP()
+    torch.set_default_dtype(dtype)
+    try:
+        return call(model=model)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 ROWS = []
@@ -279,6 +315,18 @@ row("head: no sample", lambda t: not updated(H[:0], L[:0]).class_count.any(), "r
 row("head: lazy", lambda t: IADAHead.from_linear(nn.LazyLinear(3)), ValueError, "lazy.*run one batch")
 for counts in (["a"] * 4, "abcd", {1, 2}, {0: 1}):
     row(f"head: counts {counts}", lambda t, c=counts: IADAHead(6, 4).set_class_counts(c), ValueError, "class_counts=.*one number per class")
+
+# ----------------------------------------------------------------------------------------- models, optimizers and loaders
+for name, wrap in (("weight_norm", nn.utils.weight_norm), ("spectral_norm", nn.utils.spectral_norm), ("pruning", pruned),
+                   ("weight_norm, new", nn.utils.parametrizations.weight_norm), ("orthogonal", nn.utils.parametrizations.orthogonal)):
+    row(f"classifier: {name}", lambda t, w=wrap: find_classifier(body(w(nn.Linear(16, 3)))), TypeError, r"computes its weight from .*IADA trains the weight itself")
+    row(f"head: {name}", lambda t, w=wrap: IADAHead.from_linear(w(nn.Linear(16, 3))), TypeError, "computes its weight")
+row("complex parameter", lambda t: make(model=nn.Sequential(Complex(), nn.Linear(6, 3))), ValueError, "the parameter 0.w is complex")
+row("default type", lambda t: with_default(torch.float64, make), ValueError, "default type is torch.float64, and IADA computes in torch.float32")
+row("optimizer: lr None", lambda t: make(optimizer=rateless), ValueError, r"lr=None.*IADAConfig\(virtual_lr=")
+row("optimizer: lr None, virtual_lr", lambda t: make(optimizer=rateless, config=IADAConfig(warmup_epochs=1, virtual_lr=0.1)) is not None, "right")
+row("meta: last batch of one", lambda t: make(model=body(nn.Linear(16, 3), nn.BatchNorm1d(16)), loader=DataLoader(Subset(SET, range(7)), 3)), ValueError, "7 meta samples in batches of 3 leave a last batch of one")
+row("meta: last batch of one, no BatchNorm", lambda t: make(loader=DataLoader(Subset(SET, range(7)), 3)) is not None, "right")
 
 # ------------------------------------------------------------------------------------------------------ data, front ends
 for name, call, pattern in (

@@ -12,16 +12,20 @@ from .layer import BUFFERS, IADAHead
 def convert_to_iada(linear: nn.Linear, *, covariance: str = "auto", covariance_rank: int = 8) -> IADAHead:
     """Turn a ``Linear`` into an `IADAHead` in place: same object, same Parameters, same hooks.
 
-    Whatever refers to the module (the model, an optimizer, DDP, a sharding wrapper) does not notice.
-    :func:`restore_linear` is the exact inverse.
+    Whatever refers to the module (the model, an optimizer, DDP, a sharding wrapper) does not notice, and what a subclass of
+    ``nn.Linear`` adds (attributes, extra state) stays. :func:`restore_linear` is the exact inverse.
 
     Raises:
         TypeError: where it is no plain ``nn.Linear``.
     """
     require_linear(linear, "the classifier")
     original = type(linear)
-    # fully_shard makes a class of its own for the modules that it is called on.
-    linear.__class__ = type("FSDPIADAHead", (FSDPModule, IADAHead), {}) if is_fsdp(linear) else IADAHead
+    if is_fsdp(linear):  # fully_shard makes a class of its own for the modules that it is called on
+        linear.__class__ = type("FSDPIADAHead", (FSDPModule, IADAHead), {})
+    elif original is nn.Linear or original.__module__.startswith(("torch.", "timm.")):
+        linear.__class__ = IADAHead
+    else:
+        linear.__class__ = type(f"IADA{original.__name__}", (IADAHead, original), {})
     try:
         linear._init_statistics(covariance, covariance_rank)  # type: ignore[attr-defined, operator]
     except Exception:

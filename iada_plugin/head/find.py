@@ -92,7 +92,7 @@ def require_linear(module: nn.Module, what: str) -> None:
     """Refuse what is no plain ``nn.Linear`` with a weight.
 
     Raises:
-        TypeError: another kind of module, with what to do about it.
+        TypeError: another kind of module, or a weight that is computed from others, with what to do about it.
         ValueError: a ``LazyLinear`` that has not seen a batch.
     """
     # timm's Linear differs from nn.Linear under torch.jit only.
@@ -100,6 +100,15 @@ def require_linear(module: nn.Module, what: str) -> None:
     if isinstance(module, nn.LazyLinear):
         raise ValueError(f"{what} is lazy, without a weight yet: run one batch through the model first.")
     if isinstance(module, nn.Linear) and plain:
+        for name in ("weight", "bias"):
+            if getattr(module, name, None) is not None and name not in module._parameters:
+                # weight_norm, spectral_norm, pruning and parametrize put an attribute in its place; it would not be trained.
+                others = ", ".join(own for own, _ in module.named_parameters() if name in own)
+                raise TypeError(
+                    f"{what} computes its {name} from {others} (weight_norm, spectral_norm, pruning, parametrize): IADA trains the"
+                    f" {name} itself. Make it plain before, by remove_weight_norm, remove_spectral_norm, prune.remove or"
+                    " remove_parametrizations of torch.nn.utils."
+                )
         return
     kind = type(module).__name__
     hint = "IADA needs the logits of one nn.Linear on [N, H] features"

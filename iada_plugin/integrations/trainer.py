@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -95,6 +96,7 @@ class MetaIADACallback(TrainerCallback):
         self.engine: MetaIADA | None = None
         self.report: Report | None = None
         self._watch: TrainerReport | None = None
+        self._own_loss_seen = False
         self._rows: TrainerRows | None = None
         self._model_hook: Any = None
         self._staged: int | None = None
@@ -200,6 +202,7 @@ class MetaIADACallback(TrainerCallback):
         )
         if args.torch_compile:
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
+        self._own_loss_seen = False
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         try:
             if self.report_dir is not None or self.trusted_rows is not None:
@@ -289,6 +292,9 @@ class MetaIADACallback(TrainerCallback):
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
         logits = outputs["logits"] if is_mapping else outputs[1]
+        if not self._own_loss_seen:
+            self._own_loss_seen = True
+            _check_own_loss(outputs, logits, labels, kwargs.get("num_items_in_batch"))
         ids = None if self._rows is None else self._rows.take()
         if self.trusted_rows is None and self._watch is not None:
             ids = self._watch.fitting(ids, len(labels))
@@ -417,6 +423,27 @@ _LOSS_OUTSIDE = (
     "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor, compute_loss_func or a"
     " compute_loss of your own moves the loss out of it. IADA is the loss: set label_smoothing_factor=0 and use neither."
 )
+
+
+def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any) -> None:
+    """The model's own loss is cross-entropy and nothing else: the rest of it would be dropped.
+
+    Raises:
+        ValueError: it is not.
+    """
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(own, Tensor) or own.numel() != 1:
+        return
+    total = F.cross_entropy(logits.detach().float(), labels.long(), reduction="sum")
+    value, tolerance = float(own), 1e-3 if logits.dtype == torch.float32 else 3e-2
+    expected = [float(total) / len(labels), *([] if num_items is None else [float(total) / float(num_items)])]
+    if math.isfinite(value) and all(abs(value - e) > tolerance * max(1.0, abs(e)) for e in expected):
+        raise ValueError(
+            f"the model's own loss is {value:.4g} where the cross-entropy of its logits is {expected[0]:.4g}: it has further terms (an"
+            " auxiliary head, a regulariser, class weights), which MetaIADACallback would leave out. Have the model return the"
+            " cross-entropy alone (IADA has the class prior in it), or add the other terms to MetaIADA in a loop or compute_loss of"
+            " your own."
+        )
 
 
 def _folder(args: TrainingArguments) -> Path:

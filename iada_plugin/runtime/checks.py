@@ -52,6 +52,53 @@ def unwrap_model(model: nn.Module) -> tuple[nn.Module, bool, bool]:
             return model, compiled, graphs
 
 
+def check_types(model: nn.Module, layer: nn.Linear) -> None:
+    """Types that the passes of a meta step do not have.
+
+    Raises:
+        ValueError: complex parameters, or a default type that is not the one that IADA computes in.
+    """
+    found = next((name for name, p in model.named_parameters() if p.is_complex()), None)
+    if found is not None:
+        raise ValueError(f"the parameter {found} is complex: the virtual step is taken along real parameters only. Keep it as two"
+                         " real ones (torch.view_as_complex in the forward pass).")  # fmt: skip
+    wanted = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
+    if torch.get_default_dtype() != wanted:
+        raise ValueError(
+            f"torch's default type is {torch.get_default_dtype()}, and IADA computes in {wanted} for a classifier in"
+            f" {layer.weight.dtype}: call torch.set_default_dtype({wanted}), and give the model its type by model.to(...)."
+        )
+
+
+def check_rates(optimizer: torch.optim.Optimizer) -> None:
+    """A learning rate that the virtual step, or the end of the warm-up, can go by.
+
+    Raises:
+        ValueError: it is ``None``, as Adafactor's with ``relative_step=True``.
+    """
+    if any(group.get("lr", 0) is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"{type(optimizer).__name__} has lr=None (relative_step): pass IADAConfig(virtual_lr=..., warmup_epochs=...), or give the"
+            " optimizer a learning rate."
+        )
+
+
+def check_last_batch(model: nn.Module, loader: Any) -> None:
+    """BatchNorm cannot take a last meta batch of one sample.
+
+    Raises:
+        ValueError: the loader's batch size leaves one over.
+    """
+    size, data = getattr(loader, "batch_size", None), getattr(loader, "dataset", None)
+    if not size or getattr(loader, "drop_last", True) or not hasattr(data, "__len__") or len(data) % size != 1:
+        return
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise ValueError(
+            f"{len(data)} meta samples in batches of {size} leave a last batch of one, which BatchNorm cannot take: choose another"
+            " batch_size, or drop_last=True."
+        )
+
+
 def check_processes() -> None:
     """Accelerate, where it is in use, and torch.distributed count the same processes.
 

@@ -200,3 +200,27 @@ def test_errors_name_the_model_and_the_way_out():
 
     with pytest.raises(TypeError, match="Cosine"):
         IADAHead.from_linear(Cosine(3, 3))
+
+
+class Scaled(nn.Linear):
+    """A head with something of its own."""
+
+    scale = 2.0
+
+    def get_extra_state(self):
+        return torch.tensor(self.scale)
+
+    def set_extra_state(self, state):
+        self.scale = float(state)
+
+
+def test_what_a_subclass_adds_stays():
+    model = nn.Sequential(nn.Linear(4, 8), Scaled(8, 3))
+    keys = list(model.state_dict())
+    head = convert_to_iada(model[1])
+    assert isinstance(head, IADAHead) and head.scale == 2 and list(model.state_dict()) == keys
+    model.load_state_dict({**model.state_dict(), "1._extra_state": torch.tensor(3.0)})
+    assert copy.deepcopy(model)[1].scale == 3
+    assert head.iada_logits(torch.randn(2, 8), torch.tensor([0, 2]), alpha=0).shape == (2, 3)
+    restore_linear(head)
+    assert type(model[1]) is Scaled and model[1].scale == 3

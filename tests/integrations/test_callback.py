@@ -235,6 +235,29 @@ def test_a_loss_outside_the_model(tmp_path):
         t.train()
 
 
+class Auxiliary(torch.nn.Module):
+    """Two heads, whose losses are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.fc, self.second = torch.nn.Linear(6, 16), torch.nn.Linear(16, 3), torch.nn.Linear(16, 3)
+
+    def forward(self, x, labels=None):
+        h = torch.tanh(self.body(x))
+        logits = [self.fc(h), self.second(h)]
+        loss = None if labels is None else sum(torch.nn.functional.cross_entropy(z, labels) for z in logits)
+        return {"loss": loss, "logits": logits[0]}
+
+
+def test_a_model_whose_loss_has_further_terms(tmp_path):
+    """They would not be trained."""
+    data = [{"x": torch.randn(6), "labels": k % 3} for k in range(24)]
+    ours = MetaIADACallback(data[:6], IADAConfig(warmup_epochs=1), classifier="fc")
+    t = Trainer(model=Auxiliary(), args=arguments(tmp_path), train_dataset=data, callbacks=[ours])
+    with pytest.raises(ValueError, match="it has further terms"):
+        t.train()
+
+
 @pytest.mark.parametrize("settings,message", [
     ({"num_labels": 1}, "regression"),
     ({"problem_type": "multi_label_classification"}, "multi_label_classification"),
