@@ -154,7 +154,8 @@ OMEGA = {
     "5 nats, from half": Variant(
         "the same from half of the run", {"perturbation_scale": "margin", "warmup_ratio": 0.5, "alpha": 0.0}
     ),
-    "cheap": Variant("hypergradient of the head alone", {"hypergradient": "head"}),
+    "lookahead": Variant("the published step in each step", {"schedule": "lookahead", "meta_every": 1}),
+    "head": Variant("hypergradient of the head alone", {"hypergradient": "head"}),
 }
 _NINE = [
     "flip",

@@ -36,10 +36,10 @@ class IADAConfig:
     warmup_epochs: float | None = _setting(
         None, "Length of the warm-up in epochs, fractions allowed; overrides warmup_ratio (fine-tuning: 1)."
     )
-    meta_every: int = _setting(
-        1,
+    meta_every: int | None = _setting(
+        None,
         "K: a meta step every so many optimizer steps. Omega and Sigma then make K steps from its passes, so that they learn as"
-        " much.",
+        " much. Default: 1; 5 with trusted rows.",
     )
     meta_momentum: float | None = _setting(
         None,
@@ -72,10 +72,11 @@ class IADAConfig:
         "How the meta gradient passes the backbone: 'finite_difference', 'forward' (forward-mode AD) or 'head' (last"
         " layer only: cheapest, an approximation).",
     )
-    schedule: str = _setting(
-        "lookahead",
+    schedule: str | None = _setting(
+        None,
         "'lookahead': meta gradient after the virtual step, as the paper. 'online': at the current parameters, cheaper, an"
-        " approximation that is poor on an untrained network.",
+        " approximation that is poor on an untrained network. Default: 'lookahead'; 'online' with trusted rows, where perturbations begin"
+        " late.",
     )
     memory: str = _setting(
         "fast",
@@ -221,6 +222,8 @@ class IADAConfig:
         scale = self.perturbation_scale or ("unit" if trusted else "margin")
         chosen: dict[str, Any] = {
             "objective": "pull" if trusted else "loss",
+            "schedule": "online" if trusted else "lookahead",
+            "meta_every": 5 if trusted else 1,
             "perturbation_scale": scale,
             "perturbation_size": 5.0 if scale == "margin" else 1.0,
             "fixed_shift": scale == "margin",
@@ -251,6 +254,7 @@ class IADAConfig:
 
 
 _NUMBERS_OR_NONE = (
+    "meta_every",
     "perturbation_size",
     "warmup_ratio",
     "warmup_epochs",
@@ -262,7 +266,7 @@ _CHOICES = {
     "covariance_step": ("relative", "plain"),
     "covariance": ("auto", *COVARIANCES),
     "hypergradient": ("finite_difference", "forward", "head"),
-    "schedule": ("lookahead", "online"),
+    "schedule": (None, "lookahead", "online"),
     "memory": ("fast", "low"),
     "objective": (None, "loss", "pull"),
     "gate": ("none", "hard", "local_fdr"),

@@ -91,7 +91,7 @@ class IADA:
         trusted = run.scenario.trusted if as_reference else None
         fixed_warmup = {"warmup_ratio": run.settings.warmup_ratio} if trusted is None else {}
         config = {**fixed_warmup, "seed": run.seed, **run.settings.config, **run.config, **config}
-        settings = IADAConfig(**config)
+        settings = IADAConfig(**config).resolved(trusted is not None)
         reference = {"class_counts": run.counts} if trusted is None else {
             "train_set": TensorDataset(run.train.x, run.train.y), "trusted_rows": trusted}  # fmt: skip
         self.engine = engine(

@@ -259,8 +259,9 @@ class MetaIADACallback(TrainerCallback):
                 )
             dataset = dataset.remove_columns([c for c in own if c not in wanted])
         # auto_find_batch_size lowers the state's batch size, not the argument's.
-        size = SCHEDULES[self.config.schedule].meta_batch(
-            self.config, (state.train_batch_size or args.train_batch_size) * args.world_size
+        config = self.config.resolved(self.trusted_rows is not None)
+        size = SCHEDULES[config.schedule].meta_batch(  # type: ignore[index]
+            config, (state.train_batch_size or args.train_batch_size) * args.world_size
         )
         return meta_dataloader(
             dataset,

@@ -63,7 +63,7 @@ def check_types(model: nn.Module, layer: nn.Linear) -> None:
         raise ValueError(f"the parameter {found} is complex: the virtual step is taken along real parameters only. Keep it as two"
                          " real ones (torch.view_as_complex in the forward pass).")  # fmt: skip
     wanted = torch.float64 if layer.weight.dtype == torch.float64 else torch.float32
-    if torch.get_default_dtype() != wanted:
+    if torch.get_default_dtype() not in (torch.float32, wanted):
         raise ValueError(
             f"torch's default type is {torch.get_default_dtype()}, and IADA computes in {wanted} for a classifier in"
             f" {layer.weight.dtype}: call torch.set_default_dtype({wanted}), and give the model its type by model.to(...)."

@@ -126,7 +126,7 @@ def test_a_resumed_run_goes_on_exactly(gate, warmup):
 @pytest.mark.parametrize("share, first, begins", [(0.25, 0.1, True), (0.3, 0.1, False), (0.25, 1e-5, False)])
 def test_perturbations_begin_where_the_kept_rows_are_fitted_at_a_low_learning_rate(share, first, begins):
     """An epoch after the rate fell to a quarter; never where it fell to less, or where the rows are not fitted."""
-    iada, model, optimizer, loader, _ = make(epochs=12)
+    iada, model, optimizer, loader, _ = make(epochs=12, meta_every=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for start, end, rate in ((0, 6, first), (6, 12, share * first)):
