@@ -236,10 +236,10 @@ class IADAConfig:
         """Settings as JSON types."""
         return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
 
-    def changed(self) -> dict[str, Any]:
-        """Settings that are not the default."""
-        defaults = [type(self)(), *(type(self)().resolved(trusted) for trusted in (False, True))]
-        return {k: v for k, v in self.to_dict().items() if all(getattr(self, k) != getattr(d, k) for d in defaults)}
+    def changed(self, trusted: bool = False) -> dict[str, Any]:
+        """Settings that are not the default, with or without trusted rows."""
+        default, own = type(self)().resolved(trusted).to_dict(), self.resolved(trusted).to_dict()
+        return {k: v for k, v in own.items() if v != default[k]}
 
     @classmethod
     def of(cls, config: IADAConfig | None) -> IADAConfig:

@@ -686,6 +686,34 @@ def test_settings_are_checked(field, value):
         IADAConfig(**{field: value})
 
 
+def test_defaults_that_depend_on_others():
+    """The perturbation's size and form follow its scale; with trusted rows it has the published form and the cheap meta step."""
+    for config, plain, trusted in (
+        ({}, ("margin", 5, True, "lookahead", 1, "loss", 0.8), ("unit", 1, False, "online", 5, "pull", None)),
+        ({"perturbation_scale": "unit"}, ("unit", 1, False, "lookahead", 1, "loss", 0.8), ("unit", 1, False, "online", 5, "pull", None)),
+        ({"perturbation_scale": "margin", "meta_every": 2, "warmup_ratio": 0.5},
+         ("margin", 5, True, "lookahead", 2, "loss", 0.5), ("margin", 5, True, "online", 2, "pull", 0.5)),
+        ({"fixed_shift": False, "perturbation_size": 3}, ("margin", 3, False, "lookahead", 1, "loss", 0.8), ("unit", 3, False, "online", 5, "pull", None)),
+    ):  # fmt: skip
+        for rows, expected in ((False, plain), (True, trusted)):
+            c = IADAConfig(**config).resolved(rows)
+            assert (
+                c.perturbation_scale,
+                c.perturbation_size,
+                c.fixed_shift,
+                c.schedule,
+                c.meta_every,
+                c.objective,
+                c.warmup_ratio,
+            ) == expected
+            assert c.resolved(rows) == c
+    assert IADAConfig().resolved(True).changed(True) == {} == IADAConfig().changed()
+    assert (
+        IADAConfig(fixed_shift=False).changed() == {"fixed_shift": False}
+        and IADAConfig(fixed_shift=False).changed(True) == {}
+    )
+
+
 def test_default_size_of_a_meta_batch():
     """As many as in training for the paper's step; online a quarter of the training batch, but not tiny."""
     assert [Lookahead.meta_batch(IADAConfig(), n) for n in (8, 64, 256)] == [8, 64, 256]

@@ -413,10 +413,10 @@ class _Kept(NamedTuple):
             some = np.unique(np.linspace(0, len(classes) - 1, _SPECTRA).round().astype(int)) if len(classes) else []
             spectra = {int(c): eigenvalues(head.class_covariance, int(c)) for c in classes[some]}
         names = [getattr(f, "__name__", repr(f)) for f in iada.statistics.characteristics]
+        changed = iada.config.changed(iada.reference is not None)
         facts = {
             "Classifier": f"{iada.classifier_name} of {type(iada.model).__name__}, {head.in_features} features, {head.out_features} classes",
-            "Settings other than the defaults": ", ".join(f"{k}={v!r}" for k, v in iada.config.changed().items())
-            or "none",
+            "Settings other than the defaults": ", ".join(f"{k}={v!r}" for k, v in changed.items()) or "none",
             "Meta steps left out": str(iada.failures.skipped),
         }
         return cls(
