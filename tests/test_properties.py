@@ -198,7 +198,7 @@ def test_conversion_and_its_inverse(features, classes, bias, dtype, covariance, 
     order, x = list(vars(linear)), torch.randn(n, features).to(dtype)
     expected, keys, values = linear(x), list(linear.state_dict()), copy.deepcopy(linear.state_dict())
     head = convert_to_iada(linear, covariance=covariance, covariance_rank=rank)
-    assert head is linear and type(head) is IADAHead and list(head.state_dict()) == keys
+    assert head is linear and isinstance(head, IADAHead) and list(head.state_dict()) == keys
     assert torch.equal(head(x), expected) and torch.equal(head.eval()(x), expected)
     head.train(training).update_statistics(torch.randn(n, features), torch.arange(n) % classes)
     assert head.class_count.sum() == n and list(head.state_dict()) == keys

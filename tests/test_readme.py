@@ -111,30 +111,33 @@ def test_a_changed_figure_is_found(tmp_path, monkeypatch):
     assert tables.stale() == ["README.md"]
 
 
-def test_the_table_of_pretrained_models(tmp_path):
-    """Best in bold only where it is clear over three seeds; any order of the lines, any set of methods."""
-    tables, path = load_tables(), tmp_path / "pretrained_cpu.jsonl"
-    assert tables._pretrained(path) == ""
-    values = {
-        ("clear", "ce"): [0.50, 0.52, 0.51],
-        ("clear", "gate"): [0.60, 0.63, 0.61],
-        ("close", "ce"): [0.50, 0.60, 0.55],
-        ("close", "gate"): [0.61, 0.51, 0.56],
-        ("one", "gate"): [0.7],
-    }
-    lines = [
-        {"task": task, "method": method, "seed": seed, "metric": "worst_group", "value": value, "machine": "x"}
-        for (task, method), found in values.items()
-        for seed, value in enumerate(found)
+def test_bold_only_where_it_is_clear():
+    """Ahead by two standard errors of the difference, paired over at least three seeds."""
+    cells = load_tables()._cells
+    clear = {"ce": {0: 50.0, 1: 52.0, 2: 51.0}, "gate": {2: 61.0, 1: 63.0, 0: 60.0}}
+    assert cells(clear) == {"ce": "51.0±1.0", "gate": "**61.3±1.5**"}
+    close = {"ce": {0: 50.0, 1: 60.0, 2: 55.0}, "gate": {0: 61.0, 1: 51.0, 2: 56.0}}
+    assert cells(close) == {"ce": "55.0±5.0", "gate": "56.0±5.0"}
+    assert cells({"gate": {0: 70.0}, "ce": {0: 50.0}}) == {"gate": "70.0 (one seed)", "ce": "50.0 (one seed)"}
+
+
+def test_the_table_of_results(tmp_path, monkeypatch):
+    """The best other method is named; what knows the wrong labels is no rival."""
+    tables = load_tables()
+    values = {"ce": 0.5, "la": 0.51, "iada": 0.61, "aum20": 0.6, "glc": 0.55, "iada_gate": 0.9, "oracle": 0.8}
+    runs = [
+        {"scenario": "flip", "method": m, "seed": s, "metrics": {"accuracy": v + s / 100}}
+        for m, v in values.items()
+        for s in (0, 1, 2)
     ]
-    path.write_text("\n".join(map(json.dumps, lines)) + "\n")
-    assert tables._pretrained(path).splitlines() == [
-        "|pretrained models|cross-entropy|gate|",
-        "|---|---|---|",
-        "|clear, worst group|51.0±1.0|**61.3±1.5**|",
-        "|close, worst group|55.0±5.0|56.0±5.0|",
-        "|one, worst group||70.0 (one seed)|",
-    ]
+    (tmp_path / "accuracy_x.jsonl").write_text("\n".join(map(json.dumps, runs)) + "\n")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head, _, line, empty = tables._compared(
+        "x", {"flip": ("Flip", "accuracy"), "none": ("None", "accuracy")}, "t", ["ce", "la", "iada"], "told"
+    ).splitlines()
+    assert head == "|t|cross-entropy|Logit Adjustment|Meta-IADA|best other method|told|"
+    assert line == "|Flip|51.0±1.0|52.0±1.0|**62.0±1.0**|61.0±1.0 (area under the margin, 20 %)|81.0±1.0|"
+    assert empty == "|None||||||"
 
 
 def test_the_number_of_timm_families():

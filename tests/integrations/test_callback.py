@@ -118,9 +118,9 @@ def test_reporters_see_the_scalars_after_attach_to(tmp_path):
         recorder = Recorder()
         t = trainer(tmp_path, recorder)
         if attached:
-            assert callback().attach_to(t) in t.callback_handler.callbacks
+            assert callback(meta_every=1).attach_to(t) in t.callback_handler.callbacks
         else:
-            t.add_callback(callback())
+            t.add_callback(callback(meta_every=1))
         t.train()
         assert ("iada/meta_loss" in recorder.seen) == attached
         assert "iada/meta_loss" in t.state.log_history[-2]
