@@ -227,7 +227,7 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and value != value else value
 
 
-#: What is kept of each epoch.
+#: What is kept of each fifth epoch.
 _CURVE = ("epoch", "loss", "train_accuracy", "validation", "iada/let_go")
 
 
@@ -237,7 +237,12 @@ def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namesp
     settings = with_overrides(scenario.settings, **task.settings)
     found = run_method(scenario, METHODS[method], settings=settings, seed=seed, device=args.device)
     predictions = found.pop("predictions")
-    found["curve"] = [{k: v for k, v in epoch.items() if k in _CURVE} for epoch in found["curve"]]
+    curve = found["curve"]
+    found["curve"] = [
+        {k: v for k, v in epoch.items() if k in _CURVE}
+        for epoch in curve
+        if epoch["epoch"] % 5 == 0 or epoch is curve[-1]
+    ]
     if scenario.test.groups is not None and scenario.test.groups.dim() == 2:
         correct = (predictions == scenario.test.y).numpy()
         found["worst_group_interval_95"] = metrics.worst_group_interval(

@@ -358,7 +358,7 @@ METHODS |= {
     "la_last_layer": Method("Logit Adjustment, last layer on meta", _plain(logit_adjusted, counts=True), finish=retrain_last_layer),
     "gce_prior": Method("generalized CE + prior", _plain(generalized_with_prior, counts=True)),
     "glc": Method("gold loss correction", GoldLossCorrection),
-    "aum10": Method("area under the margin, 10 %", lambda run: AreaUnderMargin(run, 0.1)),
-    "aum20": Method("area under the margin, 20 %", lambda run: AreaUnderMargin(run, 0.2)),
+    "aum10": Method("AUM 10 %", lambda run: AreaUnderMargin(run, 0.1)),
+    "aum20": Method("AUM 20 %", lambda run: AreaUnderMargin(run, 0.2)),
     "oracle": Method("told which labels are wrong", Oracle),
 }  # fmt: skip

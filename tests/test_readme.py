@@ -136,7 +136,7 @@ def test_the_table_of_results(tmp_path, monkeypatch):
         "x", {"flip": ("Flip", "accuracy"), "none": ("None", "accuracy")}, "t", ["ce", "la", "iada"], "told"
     ).splitlines()
     assert head == "|t|cross-entropy|Logit Adjustment|Meta-IADA|best other method|told|"
-    assert line == "|Flip|51.0±1.0|52.0±1.0|**62.0±1.0**|61.0±1.0 (area under the margin, 20 %)|81.0±1.0|"
+    assert line == "|Flip|51.0±1.0|52.0±1.0|**62.0±1.0**|61.0±1.0 (AUM 20 %)|81.0±1.0|"
     assert empty == "|None||||||"
 
 
