@@ -54,6 +54,12 @@ def step_cost_gpu() -> str:
     return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
 
 
+def trusted_cost() -> str:
+    """benchmarks/trusted_cost.py."""
+    result = json.loads((RESULTS / "trusted_cost_cpu.json").read_text())
+    return f"{_benchmark('trusted_cost').render(result)}\n\n{_made_by(result)}"
+
+
 def report_cost() -> str:
     """benchmarks/step_cost.py, the settings with and without a report."""
     result = json.loads((RESULTS / "report_cost_cpu.json").read_text())
@@ -196,7 +202,7 @@ _TRUSTED_TASKS = {
 BLOCKS = {
     ROOT / "README.md": [results],
     ROOT / "docs" / "settings.md": [settings],
-    ROOT / "docs" / "cost_measured.md": [step_cost, step_cost_gpu, logits_cost, report_cost, approximations],
+    ROOT / "docs" / "cost_measured.md": [step_cost, step_cost_gpu, trusted_cost, logits_cost, report_cost, approximations],
     ROOT / "docs" / "long_runs.md": [soak],
     ROOT / "docs" / "suspects.md": [suspects],
 }
