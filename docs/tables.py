@@ -202,7 +202,14 @@ _TRUSTED_TASKS = {
 BLOCKS = {
     ROOT / "README.md": [results],
     ROOT / "docs" / "settings.md": [settings],
-    ROOT / "docs" / "cost_measured.md": [step_cost, step_cost_gpu, trusted_cost, logits_cost, report_cost, approximations],
+    ROOT / "docs" / "cost_measured.md": [
+        step_cost,
+        step_cost_gpu,
+        trusted_cost,
+        logits_cost,
+        report_cost,
+        approximations,
+    ],
     ROOT / "docs" / "long_runs.md": [soak],
     ROOT / "docs" / "suspects.md": [suspects],
 }
