@@ -105,6 +105,11 @@ def generalized_with_prior(output: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return generalized_cross_entropy(output + log_prior(counts), y)
 
 
+def kept_mean(output: Tensor, y: Tensor, kept: Tensor) -> Tensor:
+    """Mean cross-entropy of the samples that are kept: 1 or 0 for each, ``[N]``."""
+    return (kept * F.cross_entropy(output, y, reduction="none")).sum() / kept.sum().clamp_min(1)
+
+
 class GoldLossCorrection:
     """Gold loss correction (Hendrycks et al., 2018): cross-entropy for some epochs without the trusted rows; then the trusted rows'
     mean predictions by class as the matrix of label noise, in a forward-corrected loss of the other rows."""
@@ -129,9 +134,9 @@ class GoldLossCorrection:
 
     def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
         trusted = self.trusted[rows]
-        plain = F.cross_entropy(output, y, reduction="none")
         if self.matrix is None:
-            return (plain * ~trusted).sum() / (~trusted).sum().clamp_min(1)
+            return kept_mean(output, y, (~trusted).float())
+        plain = F.cross_entropy(output, y, reduction="none")
         p = (output.softmax(dim=1) @ self.matrix).gather(1, y[:, None]).squeeze(1)
         return torch.where(trusted, plain, -p.clamp_min(1e-6).log()).mean()
 
@@ -165,8 +170,7 @@ class AreaUnderMargin:
             margin = own - output.scatter(1, y[:, None], -torch.inf).amax(dim=1)
             self.visits[rows] += 1
             self.margin[rows] += (margin - self.margin[rows]) / self.visits[rows]
-        loss = F.cross_entropy(output + self.prior, y, reduction="none")
-        return (self.kept[rows] * loss).sum() / self.kept[rows].sum().clamp_min(1)
+        return kept_mean(output + self.prior, y, self.kept[rows])
 
 
 class Oracle:
@@ -178,8 +182,7 @@ class Oracle:
         self.right, self.prior = (run.train.clean == run.train.y).float(), log_prior(run.counts)
 
     def __call__(self, output: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-        loss = F.cross_entropy(output + self.prior, y, reduction="none")
-        return (self.right[rows] * loss).sum() / self.right[rows].sum().clamp_min(1)
+        return kept_mean(output + self.prior, y, self.right[rows])
 
 
 def trusted_mask(run: Run) -> Tensor:

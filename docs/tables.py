@@ -141,44 +141,31 @@ def _line(cells: list[str]) -> str:
 
 def results() -> str:
     """README's results, with trusted rows."""
+    shown = ["ce", "la", "iada"]
     return _compared(
-        "pretrained",
-        _TRUSTED_TASKS,
-        "trusted rows, trained along by all",
-        ["ce", "la", "iada"],
-        "told which labels are wrong",
+        "pretrained", _TRUSTED_TASKS, "trusted rows, trained along by all", shown, "told which labels are wrong"
     )
 
 
-def _compared(preset: str, tasks: dict[str, tuple[str, str]], head: str, shown: list[str], oracle: str = "") -> str:
-    """benchmarks/accuracy.py: a task a row; some methods, and whichever other one is best on the test samples."""
+def _compared(preset: str, tasks: dict[str, tuple[str, str]], head: str, shown: list[str], oracle: str) -> str:
+    """benchmarks/accuracy.py: a task a row; some methods, whichever other one is best on the test samples, and the oracle."""
     accuracy = _benchmark("accuracy")
     runs = accuracy.read(RESULTS / f"accuracy_{preset}.jsonl")
-    titles = [accuracy.METHODS[m].title for m in shown]
-    lines = [_line([head, *titles, "best other method", *([oracle] if oracle else [])])]
-    lines.append(_line(["---"] * lines[0].count("|"))[:-4])
+    titles = [head, *(accuracy.METHODS[m].title for m in shown), "best other method", oracle]
+    lines = [_line(titles), _line(["---"] * len(titles))]
     for task, (title, metric) in tasks.items():
         found: dict[str, Seeds] = {}
         for run in runs:
             if run["scenario"] == task and run.get("metrics", {}).get(metric) is not None:
                 found.setdefault(run["method"], {})[run["seed"]] = 100 * run["metrics"][metric]
-        told = found.pop("oracle", {})
-        others = [
-            m for m in found if m not in shown and not m.startswith("iada")
-        ]  # other forms of ours are in the tables linked
-        cells = _cells({m: found[m] for m in found if m in shown or m in others})
-        best = max(others, key=lambda m: statistics.mean(found[m].values()), default=None)
+        told = found.pop("oracle", None)
+        # Other forms of ours are in the tables that README links.
+        found = {m: seeds for m, seeds in found.items() if m in shown or not m.startswith("iada")}
+        cells = _cells(found)
+        best = max((m for m in found if m not in shown), key=lambda m: statistics.mean(found[m].values()), default=None)
         other = "" if best is None else f"{cells[best]} ({accuracy.METHODS[best].title})"
-        lines.append(
-            _line(
-                [
-                    title,
-                    *(cells.get(m, "") for m in shown),
-                    other,
-                    *([_cells({"": told})[""] if told else ""] if oracle else []),
-                ]
-            )
-        )
+        told_cell = "" if told is None else _cells({"oracle": told})["oracle"]
+        lines.append(_line([title, *(cells.get(m, "") for m in shown), other, told_cell]))
     return "\n".join(lines)
 
 

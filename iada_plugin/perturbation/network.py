@@ -34,14 +34,14 @@ class PerturbationNetwork(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.hidden = nn.Linear(num_characteristics, hidden, dtype=torch.float32)  # whatever the default type is
-            self.output = nn.Linear(hidden, 1, dtype=torch.float32)
+            self.hidden = nn.Linear(num_characteristics, hidden)
+            self.output = nn.Linear(hidden, 1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
         self.epsilon_range = epsilon_range
-        self.register_buffer("mean", torch.zeros(num_characteristics, dtype=torch.float32))
-        self.register_buffer("var", torch.ones(num_characteristics, dtype=torch.float32))
-        self.register_buffer("updates", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("mean", torch.zeros(num_characteristics))
+        self.register_buffer("var", torch.ones(num_characteristics))
+        self.register_buffer("updates", torch.zeros(()))
 
     def forward(self, characteristics: Tensor) -> Tensor:
         """``[N, K] -> [N]``."""
