@@ -206,7 +206,8 @@ class MetaIADACallback(TrainerCallback):
         self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
         try:
             if self.report_dir is not None or self.trusted_rows is not None:
-                self._rows = TrainerRows(self.engine, loader)
+                capture = self.engine.capture
+                self._rows = TrainerRows(self.engine.model, loader, busy=lambda: capture.busy)
             if self.report_dir is not None:
                 self._watch = TrainerReport(self.engine, model, self._rows, self.report_options)
                 self.report = self._watch.report

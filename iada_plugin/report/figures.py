@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics import auroc, precision_recall
+from ..runtime.samples import as_image
 
 try:
     import matplotlib.style
@@ -389,29 +390,6 @@ def images(pictures: Sequence[Any], titles: Sequence[str], columns: int = 8) -> 
             ax.imshow(as_image(picture), cmap="gray", interpolation="nearest")
         ax.set_title(_plain(title), fontsize=7)
     return figure
-
-
-def as_image(picture: Any) -> np.ndarray:
-    """``[H, W]`` or ``[H, W, 3]`` in 0..1. Two channels become red and green.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if hasattr(picture, "convert"):  # PIL: palettes and transparency
-        picture = picture.convert("L" if picture.mode in ("1", "L", "I", "F") else "RGB")
-    values = np.asarray(picture.detach().cpu().float() if hasattr(picture, "detach") else picture, dtype=float)
-    if values.ndim == 3 and values.shape[0] in (1, 2, 3) and values.shape[2] not in (1, 2, 3):
-        values = values.transpose(1, 2, 0)
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[:, :, 0]
-    if values.ndim == 3 and values.shape[2] == 2:
-        values = np.concatenate([values, np.full_like(values[:, :, :1], values.min())], axis=2)
-    if values.ndim != 2 and not (values.ndim == 3 and values.shape[2] == 3):
-        raise ValueError(
-            f"an image has the shape {list(values.shape)}: give [H, W], or [C, H, W] or [H, W, C] with one to three channels."
-        )
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low if high > low else 1)
 
 
 def image_rows(columns: Mapping[str, Sequence[Any]], row_titles: Sequence[str] | None = None) -> Figure:

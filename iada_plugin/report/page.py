@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import figures
 
 FILE = "report.html"
 TEXTS = {
@@ -94,25 +92,3 @@ class Page:
                 (self.folder / f"{key}.png").unlink(missing_ok=True)
         for name, content in {**self.files, FILE: page.encode(errors="replace")}.items():
             (self.folder / name).write_bytes(content)
-
-
-def content_of(samples: Any, index: Any) -> Any:
-    """The image ``[H, W]`` or ``[H, W, 3]``, or the text, of a sample.
-
-    Raises:
-        ValueError: there is none, or it cannot be shown.
-    """
-    try:
-        row = samples[index] if hasattr(samples, "__getitem__") else samples(index)
-    except (LookupError, TypeError) as error:
-        raise ValueError(
-            f"samples[{index!r}] cannot be had ({type(error).__name__}: {error}): samples must give an image or a text for a row"
-            " number, as a list, a data set or a function does."
-        ) from error
-    if isinstance(row, Mapping):
-        pictures = [v for v in row.values() if hasattr(v, "convert") or getattr(v, "ndim", 0) >= 2]
-        texts = sorted((v for v in row.values() if isinstance(v, str)), key=len)  # the longest is no key or name
-        row = pictures[0] if pictures else texts[-1] if texts else str(dict(row))
-    elif isinstance(row, (tuple, list)):
-        row = row[0]
-    return row if isinstance(row, str) else figures.as_image(row)
