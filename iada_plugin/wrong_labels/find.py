@@ -53,8 +53,8 @@ def find_wrong_labels(
     Args:
         labels: ``[R]`` class indices, as given (list, array, tensor or column).
         trusted_rows: ``[T]`` row numbers, or ``[R]`` bool, of rows whose label was checked and found right, drawn at random.
-        logits: ``[R, C]``, or ``[E, R, C]`` of E epochs; NaN where a row was not seen. Margins are averaged up to that epoch in which
-            trusted rows stand out most.
+        logits: ``[R, C]``, or ``[E, R, C]`` of E epochs; NaN where a row was not seen. Margins are averaged up to that epoch after
+            which they are the most bimodal.
         pred_probs: ``[R, C]`` probabilities out of sample (by cross-validation), as cleanlab takes them.
         margins: ``[R]``, or ``[E, R]`` of E epochs: own logit less the largest other one.
         suggested: with margins: ``[R]`` class of the largest other logit.
@@ -91,7 +91,7 @@ def judge(
     compare: str = "auto",
     class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> WrongLabels:
-    """:func:`find_wrong_labels` of labels ``[R]``, by that one of S margins ``[S, R]`` in which trusted rows stand out most."""
+    """:func:`find_wrong_labels` of labels ``[R]``, by the most bimodal one of S margins ``[S, R]``."""
     check_level(false_alarms)
     if compare not in COMPARE:
         raise ValueError(f"compare={compare!r} must be one of {', '.join(map(repr, COMPARE))}.")
@@ -101,7 +101,7 @@ def judge(
     rows = check_trusted_rows(trusted_rows, len(labels), labels)
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     trusted[rows] = True
-    margin = margins[best_of(margins, trusted, y) if len(margins) > 1 else 0]
+    margin = margins[best_of(margins) if len(margins) > 1 else 0]
     used = rows[torch.isfinite(margin)[rows]]
     check_enough(len(used), false_alarms)
     how = _comparison(compare, y, rows)

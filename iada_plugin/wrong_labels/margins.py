@@ -20,8 +20,8 @@ _FIRST_EPOCHS = (1, 2)
 class MarginRecorder:
     """Follows the margins of training rows while a model is trained as it always is: three lines in any loop.
 
-    Keeps the mean margin of each row at the epochs 1, 2, 3, 5, 8, 13, ..., of which :meth:`find_wrong_labels` takes the one that
-    tells most: 16 bytes a row and 2 more for each of them, on ``device``. In several processes each call takes in the samples of
+    Keeps the mean margin of each row at the epochs 1, 2, 3, 5, 8, 13, ..., of which :meth:`find_wrong_labels` takes the most
+    bimodal one: 16 bytes a row and 2 more for each of them, on ``device``. In several processes each call takes in the samples of
     all of them.
 
     Args:

@@ -36,7 +36,7 @@ def out_of_sample_logits(
 
     The first fit of a fold is plain cross-entropy. With trusted rows three more follow, each on the rows whose labels look like
     those of the trusted rows (of the fit's own folds) and with more weight on these: where labels are wrong in a systematic way,
-    only checked ones can tell. Of these the first is taken in which trusted rows stand out as well as in any. A trusted row is
+    only checked ones can tell. Of these the first is taken whose margins are as bimodal as any's, but for a standard error. A trusted row is
     still exchangeable with the right labels of its fold: what judges it has seen neither.
 
     Args:
@@ -69,7 +69,7 @@ def out_of_sample_logits(
     if len(found) == 1:
         return found[0]
     margins = torch.stack([adjusted_margin(logits, None, y, limit=20.0) for logits in found])
-    return found[best_of(margins, trusted, y)]
+    return found[best_of(margins, slack=1.0)]
 
 
 def fits(x: Tensor, y: Tensor, trusted: Tensor, fold: Tensor, num_classes: int, progress: bool) -> Tensor:
