@@ -25,6 +25,8 @@ _PENALTIES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _TRUSTED_WEIGHTS = (0.3, 1.0, 1.0)
 #: And one of them, at most: a few dozen rows must not make up half of the data.
 _HEAVIEST = 10.0
+#: The fits, in the order in which they are preferred where they are equally good.
+_PREFERENCE = [1, 0, 2, 3]
 #: Rows are kept for the next fit whose p-value is above this.
 _LEVEL = 0.2
 
@@ -36,7 +38,7 @@ def out_of_sample_logits(
 
     The first fit of a fold is plain cross-entropy. With trusted rows three more follow, each on the rows whose labels look like
     those of the trusted rows (of the fit's own folds) and with more weight on these: where labels are wrong in a systematic way,
-    only checked ones can tell. Of these the first is taken whose margins are as bimodal as any's, but for a standard error. A trusted row is
+    only checked ones can tell. That fit is taken whose margins are the most bimodal, the first or second if it is behind by no more than a standard error. A trusted row is
     still exchangeable with the right labels of its fold: what judges it has seen neither.
 
     Args:
@@ -68,28 +70,27 @@ def out_of_sample_logits(
     found = fits(x, y, trusted, fold, int(y.max()) + 1, progress)
     if len(found) == 1:
         return found[0]
+    found = found[_PREFERENCE]
     margins = torch.stack([adjusted_margin(logits, None, y, limit=20.0) for logits in found])
     return found[best_of(margins, slack=1.0)]
 
 
 def fits(x: Tensor, y: Tensor, trusted: Tensor, fold: Tensor, num_classes: int, progress: bool) -> Tensor:
-    """Out-of-sample logits ``[S, R, C]`` of each fit after the first, which only says whose labels look right; of this one where
-    no row is trusted."""
+    """Out-of-sample logits ``[S, R, C]`` of each fit; of the first one alone where no row is trusted."""
     weights = _TRUSTED_WEIGHTS if trusted.any() else ()
-    found = torch.zeros(max(len(weights), 1), len(y), num_classes)
+    found = torch.zeros(1 + len(weights), len(y), num_classes)
     folds = int(fold.max()) + 1
-    with tqdm(total=len(_PENALTIES) + folds * (1 + len(weights)), desc="cross-validation", disable=not progress) as bar:
+    with tqdm(total=len(_PENALTIES) + folds * len(found), desc="cross-validation", disable=not progress) as bar:
         held = fold == 0
         losses = {}
         for penalty in _PENALTIES:
-            losses[penalty] = float(F.cross_entropy(_fit(x[~held], y[~held], num_classes, penalty)(x[held]), y[held]))
+            losses[penalty] = float(F.cross_entropy(fit(x[~held], y[~held], num_classes, penalty)(x[held]), y[held]))
             bar.update()
         penalty = min(losses, key=losses.__getitem__)
         for number in range(folds):
             held = fold == number
             for step, logits in enumerate(_fold(x, y, held, trusted, num_classes, penalty, weights)):
-                if step or not weights:
-                    found[max(step - 1, 0), held] = logits
+                found[step, held] = logits
                 bar.update()
     return found
 
@@ -110,7 +111,7 @@ def _fold(
         counts = keep.clone()
         if weight and checked.any():
             counts[checked] = (weight * keep[~checked].sum() / checked.sum()).clamp(1, _HEAVIEST)
-        model = _fit(own, labels, num_classes, penalty, counts, start=model)
+        model = fit(own, labels, num_classes, penalty, counts, start=model)
         yield model(x[held])
         if checked.any():
             margin = adjusted_margin(model(own), None, labels, limit=20.0)
@@ -118,26 +119,27 @@ def _fold(
             keep[checked] = 1
 
 
-class _Linear:
+class Linear:
     """A linear classifier: ``[N, H] -> [N, C]``."""
 
     def __init__(self, coefficients: Tensor, bias: Tensor) -> None:
         self.coefficients, self.bias = coefficients, bias
 
     def __call__(self, x: Tensor) -> Tensor:
+        """Logits."""
         return x @ self.coefficients + self.bias
 
 
-def _fit(
-    x: Tensor, y: Tensor, num_classes: int, penalty: float, weights: Tensor | None = None, start: _Linear | None = None
-) -> _Linear:
+def fit(
+    x: Tensor, y: Tensor, num_classes: int, penalty: float, weights: Tensor | None = None, start: Linear | None = None
+) -> Linear:
     """Multinomial logistic regression with a ridge penalty, on the rows whose weight is above 0."""
     counts = torch.ones(len(y)) if weights is None else weights
     if (dropped := counts == 0).any():
         x, y, counts = x[~dropped], y[~dropped], counts[~dropped]
     coefficients = torch.zeros(x.shape[1], num_classes) if start is None else start.coefficients.clone()
     bias = torch.zeros(num_classes) if start is None else start.bias.clone()
-    model = _Linear(coefficients.requires_grad_(), bias.requires_grad_())
+    model = Linear(coefficients.requires_grad_(), bias.requires_grad_())
     optimizer = torch.optim.LBFGS([coefficients, bias], max_iter=60, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
@@ -149,4 +151,4 @@ def _fit(
 
     with torch.enable_grad():
         optimizer.step(closure)
-    return _Linear(coefficients.detach(), bias.detach())
+    return Linear(coefficients.detach(), bias.detach())
