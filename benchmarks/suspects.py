@@ -461,6 +461,41 @@ def render(runs: list[dict[str, Any]]) -> str:
     return "\n\n".join(p for p in parts if p)
 
 
+def summary(runs: list[dict[str, Any]]) -> str:
+    """What docs/wrong_labels.md quotes."""
+    rows = []
+    for name, cell in CELLS.items():
+        own = [r for r in runs if r["cell"] == name and r["wrong"] > 0]
+        if not own:
+            continue
+        values = {k: [r["ours"][str(AT)][k] for r in own] for k in ("out of sample", "a run")}
+        rivals = {k: [r["rivals"][k] for r in own] for k in own[0]["rivals"]}
+        best = max(rivals, key=lambda k: np.mean([v["average_precision"] for v in rivals[k]]))
+        shown = {**values, "best": rivals[best], "AUM": rivals["AUM"]}
+        cells = {
+            k: f"{_mean([x['auroc'] for x in v])} / {_mean([x['average_precision'] for x in v])}"
+            for k, v in shown.items()
+        }
+        rows.append({"cell": cell.title, **cells, "best": f"{cells['best']} ({best.removeprefix('cleanlab, ')})"})
+    columns = {
+        "cell": "data",
+        "out of sample": "ours, out of sample",
+        "a run": "ours, a run",
+        "best": "best of all others",
+        "AUM": "AUM",
+    }
+    return "\n\n".join([
+        f"{len({r['seed'] for r in runs})} draws of {ROWS:,} rows on frozen features of pretrained networks, {AT} trusted rows, ours out of sample; figures in %,"
+        " false alarms ± standard error / power (share of the wrong labels that is listed):",
+        promise(runs, "out of sample"),
+        "As a ranking, AUROC / average precision; all others are cleanlab's five scores of out-of-sample probabilities, AUM, the last loss, and a"
+        " mixture of losses, each in the same data with the trusted rows among them, the best picked on these figures:",
+        table(rows, columns) if rows else "",
+        "Trusted rows that are no fair sample (CIFAR-10N worst), false alarms / power:",
+        bends(runs),
+    ])  # fmt: skip
+
+
 def picture(runs: list[dict[str, Any]]) -> Any:
     """Realised false alarms against the level, and power, of each cell."""
     figure, axes = figures._figure(10, 4.4, columns=2)

@@ -29,9 +29,10 @@ def conformal_p_values(
     weights: Tensor | None = None,
     least: int = LEAST_OF_A_CLASS,
 ) -> Tensor:
-    """``p_i = (1 + #{trusted k != i: score_k <= score_i}) / (1 + #{trusted k != i})``: ``[R]``, small for a suspect label.
+    """``p_i = (1 + #{trusted k != i: score_k <= score_i}) / (1 + #trusted)``: ``[R]``, small for a suspect label.
 
-    A trusted row is left out of its own reference. Rows without a score (NaN) have p = 1 and are no reference.
+    Trusted rows fall below a level as often as right labels do (within one in so many): were the number of them in the denominator one
+    less for a trusted row, a gate would let go of fewer of these, they would be trained on more, and show too much. Rows without a score (NaN) have p = 1 and are no reference.
 
     Args:
         score: ``[R]`` of every training row; low for a wrong label, such as its mean margin.
@@ -74,9 +75,9 @@ def conformal_p_values(
         below = total[torch.searchsorted(reference, key, right=True)]
     below = (below - (start if group is None else start[group])).to(score.dtype) / _UNIT
     rest = all_of.to(score.dtype) / _UNIT
-    itself = torch.ones_like(score) if weights is None else weights.to(score.dtype).clone()
-    itself.index_fill_(0, trusted, 0)  # counted with the reference
-    p = (itself + below) / (itself + (rest if group is None else rest[group]))
+    own = torch.ones_like(score) if weights is None else weights.to(score.dtype)
+    below = below + own.index_fill(0, trusted, 0)  # a trusted row is in the reference, and counted there
+    p = below / (own + (rest if group is None else rest[group]))
     return torch.where(known, p, 1)
 
 

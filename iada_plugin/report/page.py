@@ -17,6 +17,7 @@ TEXTS = {
     "clean_and_wrong": ("Right and wrong labels", "The same for samples whose label is right, and whose label is known to be wrong. The further apart, the better epsilon tells them from each other."),
     "finding": ("Finding wrong labels", "Taking the samples with the highest suspicion, the lowest epsilon or the highest loss for wrong: precision against recall over all cut-offs."),
     "suspects": ("Suspect labels", "Samples that training lets go (low epsilon) and whose label the model contradicts, over the last epochs. Look at them before you change them: rare and hard samples look the same. Above each picture: row number, label, and what the model says. All samples are in samples.csv."),
+    "wrong_labels": ("Wrong labels", "A list of which at most a tenth is right, on average, told by the trusted rows; on its page one can tick what one has looked at."),
     "drivers": ("What drives epsilon", "Left: how strongly each training characteristic moves epsilon (mean size of gradient x input over samples). Right: mean epsilon over samples when one characteristic is set to a value and the others stay as they are."),
     "spectra": ("Class covariances", "Eigenvalues of the feature covariance of classes (samples in brackets), largest first. A steep line: the class varies in few directions. Of a class with few samples the small ones are not known."),
     "confusion": ("Confusion matrices", "Rows are true classes, columns predictions, in percent of the row. In a Trainer's report \"warm-up\" is the last evaluation of the warm-up and \"Meta-IADA\" the last one of all: two moments of one run."),
@@ -54,13 +55,17 @@ class Page:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in values.items())
         self.parts.append(f'<table id="facts">{rows}</table>')
 
-    def section(self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None, note: str = "") -> None:
-        """A section with its picture, a table (columns by name), and a note that goes first."""
+    def section(
+        self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None, note: str = "", link: str = ""
+    ) -> None:
+        """A section with its picture, a table (columns by name), a note that goes first, and a link to another page."""
         title, text = TEXTS[key]
         self.links.append(f'<a href="#{key}">{title}</a>')
         parts = [f'<section id="{key}"><h2>{title}</h2><p>{text}</p>']
         if note:
             parts.append(f"<p><strong>{html.escape(note)}</strong></p>")
+        if link:
+            parts.append(f'<p><a href="{html.escape(link)}">{html.escape(link)}</a></p>')
         if figure is not None:
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png")

@@ -301,7 +301,8 @@ class Report:
     # --------------------------------------------------------------------------------------------------------- writing
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``report.html`` (self-contained), its pictures as PNGs, and ``samples.csv``, the most suspect sample first.
+        """Write ``report.html`` (self-contained), its pictures as PNGs, and ``samples.csv``, the most suspect sample first. Of a run
+        with trusted rows also ``wrong_labels.html`` and ``wrong_labels.csv``, see :meth:`WrongLabels.write`.
 
         Returns:
             Path of the page.
@@ -359,7 +360,20 @@ class Report:
         if recorder.seconds:
             page.section("step_time", figures.step_seconds(recorder.seconds))
         self._write_csv(page, rows if table is None else table)
+        if now.reference is not None and table is not None:
+            self._write_wrong_labels(page, recorder)
         page.finish()
+
+    def _write_wrong_labels(self, page: Page, recorder: Recorder) -> None:
+        try:
+            found = self._wrong_labels(recorder, {"class_names": self.class_names})
+        except (RuntimeError, ValueError) as error:  # rows that were not trained, or too few trusted ones
+            page.section("wrong_labels", None, note=str(error))
+            return
+        path = found.write(
+            page.folder, samples=None if self.samples is None else lambda row: _content_or_none(self.samples, row)
+        )
+        page.section("wrong_labels", None, note=f"{found}.", link=path.name)
 
     def _write_suspects(self, page: Page, table: dict[str, np.ndarray]) -> None:
         shown = {k: v[:_SHOWN].tolist() for k, v in table.items()}
