@@ -1,0 +1,27 @@
+"""Processes that work together, forked from one that has imported what takes seconds to import."""
+
+import multiprocessing
+
+import torch.multiprocessing as mp
+
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()
+#: Installed packages only: before Python 3.13 the server does not know the folder of the tests.
+IMPORTED = [
+    "torch._dynamo",  # by the first step of an optimizer
+    "torch.distributed.fsdp",
+    "torch.nn.parallel",
+    "accelerate",
+    "datasets",
+    "transformers.trainer",
+    "transformers.models.distilbert.modeling_distilbert",
+    "timm",
+]
+
+
+def together(function, world, *arguments):
+    """Call ``function(rank, world, *arguments)`` in ``world`` processes, and wait for them."""
+    if FORKS:
+        multiprocessing.set_forkserver_preload(IMPORTED)
+    mp.start_processes(
+        function, args=(world, *arguments), nprocs=world, start_method="forkserver" if FORKS else "spawn"
+    )
