@@ -18,10 +18,21 @@ IMPORTED = [
 ]
 
 
+if FORKS:
+    multiprocessing.set_forkserver_preload(IMPORTED)
+METHOD = "forkserver" if FORKS else "spawn"
+
+
 def together(function, world, *arguments):
     """Call ``function(rank, world, *arguments)`` in ``world`` processes, and wait for them."""
-    if FORKS:
-        multiprocessing.set_forkserver_preload(IMPORTED)
-    mp.start_processes(
-        function, args=(world, *arguments), nprocs=world, start_method="forkserver" if FORKS else "spawn"
-    )
+    mp.start_processes(function, args=(world, *arguments), nprocs=world, start_method=METHOD)
+
+
+def started(function, *arguments):
+    """A process that calls ``function(*arguments, connection)``, and the other end of the connection."""
+    context = multiprocessing.get_context(METHOD)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=function, args=(*arguments, sender), daemon=True)
+    process.start()
+    sender.close()  # the process has it: the end of it is the end of what comes
+    return process, receiver
