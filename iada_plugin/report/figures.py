@@ -385,6 +385,8 @@ def images(pictures: Sequence[Any], titles: Sequence[str], columns: int = 8) -> 
     figure, axes = _figure(1.15 * columns, (1.1 + 0.16 * lines) * rows, rows, columns)
     for ax in axes.flat:
         ax.axis("off")
+        ax.xaxis.set_visible(False)  # or the layout measures ticks that nobody sees
+        ax.yaxis.set_visible(False)
     for ax, picture, title in zip(axes.flat, pictures, titles, strict=False):
         if picture is not None:
             ax.imshow(as_image(picture), cmap="gray", interpolation="nearest")

@@ -68,6 +68,8 @@ class Page:
             parts.append(f'<p><a href="{html.escape(link)}">{html.escape(link)}</a></p>')
         if figure is not None:
             buffer = io.BytesIO()
+            figure.get_layout_engine().execute(figure)  # savefig would draw everything twice for it
+            figure.set_layout_engine(None)
             figure.savefig(buffer, format="png")
             self.files[f"{key}.png"] = buffer.getvalue()
             data = base64.b64encode(buffer.getvalue()).decode()
