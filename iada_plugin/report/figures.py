@@ -162,31 +162,19 @@ def finding_wrong_labels(rankings: Mapping[str, np.ndarray], wrong: np.ndarray) 
         rankings: name to ``[S]`` scores, high for suspects.
         wrong: ``[S]``.
     """
-    curves = {f"{k}: AUROC {auroc(v, wrong):.3f}": precision_recall(v, wrong)[::-1] for k, v in rankings.items()}
-    return recall_curves({"": curves}, wrong.mean())
-
-
-def recall_curves(curves: Mapping[str, Mapping[str, tuple[Any, Any]]], chance: float | None = None) -> Figure:
-    """Precision against recall.
-
-    Args:
-        curves: title of each part of the picture to its curves, name to recall and precision.
-        chance: share of positive samples.
-    """
-    figure, axes = _figure(6 * len(curves), 4.2, columns=len(curves))
-    for ax, (title, own) in zip(axes.flat, curves.items(), strict=True):
-        for i, (name, (recall, precision)) in enumerate(own.items()):
-            ax.plot(recall, precision, color=_CYCLE[i % len(_CYCLE)], label=name)
-        if chance is not None:
-            ax.axhline(chance, color=OTHER, ls=":", label=f"chance ({chance:.2f})")
-        ax.set(
-            xlabel="recall: share of the wrong labels found",
-            ylabel="precision: share that is wrong",
-            xlim=(0, 1),
-            ylim=(0, 1.02),
-        )
-        ax.set_title(title, fontsize=9)
-        ax.legend(fontsize=8, frameon=False, loc="lower left")
+    figure, axes = _figure(6, 4.2)
+    ax = axes[0, 0]
+    for i, (name, scores) in enumerate(rankings.items()):
+        precision, recall = precision_recall(scores, wrong)
+        ax.plot(recall, precision, color=_CYCLE[i % len(_CYCLE)], label=f"{name}: AUROC {auroc(scores, wrong):.3f}")
+    ax.axhline(wrong.mean(), color=OTHER, ls=":", label=f"chance ({wrong.mean():.2f})")
+    ax.set(
+        xlabel="recall: share of the wrong labels found",
+        ylabel="precision: share that is wrong",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 
