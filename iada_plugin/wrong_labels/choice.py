@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_PARTS = 5
+_PARTS = 20
 
 
 def bimodality(margin: Tensor) -> float:
