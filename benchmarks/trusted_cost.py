@@ -1,4 +1,5 @@
-"""What trusted rows cost: the gate in each step, and the histories and the gate's refresh by the number of training rows.
+"""What trusted rows cost: the gate in each step, a recorder of margins in a plain one, and the histories and the gate's refresh by
+the number of training rows.
 
     python benchmarks/trusted_cost.py --size cpu --json benchmarks/results/trusted_cost_cpu.json
 
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from meter import environment, interleaved, keep_freed_memory, ratio, seconds, table, write
 from step_cost import WORKLOADS, Options, Setting, Workload, make_step
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from iada_plugin import IADAConfig, MetaIADA
+from iada_plugin import IADAConfig, MarginRecorder, MetaIADA
 from iada_plugin.perturbation.reference import TrustedReference
 
 #: Rows of the training set whose histories are followed.
@@ -67,6 +69,26 @@ def gated_step(work: Workload, device: str, rows: int = 50_000) -> Callable[[], 
     return step
 
 
+def audited_step(work: Workload, device: str, rows: int = 50_000) -> Callable[[], None]:
+    """A plain training step, of which the margins are recorded."""
+    torch.manual_seed(0)
+    model = work.network(0.1).to(device).train()
+    optimizer = work.optimizer(model)
+    x, y = work.batch(work.batch_size, 0, device)
+    recorder, generator = MarginRecorder(rows, device=device), torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        ids = torch.randint(rows, (len(y),), generator=generator).to(device)
+        output = model(x)
+        recorder(output, y, ids)
+        loss = F.cross_entropy(output, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
 class _Step:
     number = 0
 
@@ -106,12 +128,13 @@ def measure(size: str, device: str, repetitions: int, steps: int) -> list[dict[s
     for title, work in WORKLOADS[size].items():
         torch.manual_seed(0)
         plain = make_step(work, Setting(other="plain"), Options(device), work.network(0.1).to(device))
-        runs = {"plain": plain, "gate": gated_step(work, device)}
+        runs = {"plain": plain, "gate": gated_step(work, device), "audit": audited_step(work, device)}
         for step in runs.values():
             step()
         times = interleaved({k: lambda r=r: [r() for _ in range(steps)] for k, r in runs.items()}, repetitions, device)  # type: ignore[misc]
         middle, low, high = ratio(times["gate"], times["plain"])
-        found.append({"model": title, "time_ratio": middle, "quartiles": f"{low:.3f} to {high:.3f}",
+        audit = "{:.3f} ({:.3f} to {:.3f})".format(*ratio(times["audit"], times["plain"]))
+        found.append({"model": title, "time_ratio": middle, "quartiles": f"{low:.3f} to {high:.3f}", "audit": audit,
                       "plain_milliseconds": round(1e3 * statistics.median(times["plain"]) / steps, 1)})  # fmt: skip
     return found + [history_cost(rows, device) for rows in ROWS]
 
@@ -121,7 +144,7 @@ def render(result: dict[str, Any]) -> str:
     models = [r for r in result["rows"] if "model" in r]
     histories = [r for r in result["rows"] if "rows" in r]
     return "\n\n".join([
-        table(models, {"model": "model", "time_ratio": "step with the gate / plain step", "quartiles": "quartiles", "plain_milliseconds": "plain step, ms"}),
+        table(models, {"model": "model", "time_ratio": "step with the gate / plain step", "quartiles": "quartiles", "audit": "with a MarginRecorder instead / plain step (quartiles)", "plain_milliseconds": "plain step, ms"}),
         table(histories, {"rows": "training rows", "bytes_a_row": "bytes a row", "microseconds_a_step": "microseconds a step", "seconds_a_refresh": "seconds a refresh, once an epoch"}),
     ])  # fmt: skip
 

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from processes import together
 
 from iada_plugin import MarginRecorder, find_wrong_labels
 
@@ -55,6 +57,30 @@ def test_a_run_that_is_resumed_goes_on():
     assert torch.equal(second.margins, whole.margins) and torch.equal(second.other, whole.other)
     with pytest.raises(ValueError, match="60 training rows, and there are 59 now"):
         MarginRecorder(59).load_state_dict(first.state_dict())
+
+
+def record_part(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    labels, logits = epochs()
+    recorder = MarginRecorder(60)
+    for epoch, z in enumerate(logits):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(epoch))
+        for rows in order.split(16):
+            own = rows[rank::world]
+            recorder(z[own], labels[own], own)
+    torch.save(recorder.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    together(record_part, 2, str(tmp_path))
+    labels, logits = epochs()
+    whole = MarginRecorder(60)
+    record(whole, labels, logits)
+    for rank in range(2):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(found[name], value), name
 
 
 def test_ignored_labels_and_half_precision():
