@@ -45,11 +45,12 @@ button,select{font:inherit;font-size:.85rem;color:var(--ink);background:var(--ca
 _SCRIPT = """
 const key='wrong labels '+DATA.id, done=JSON.parse(localStorage.getItem(key)||'{}'), rows=[...document.querySelectorAll('.row')];
 function paint(r){const d=done[r.dataset.row];r.classList.toggle('right',d==='right');r.classList.toggle('wrong',!!d&&d!=='right');
- r.querySelector('.ok').classList.toggle('on',d==='right');r.querySelector('.bad').classList.toggle('on',!!d&&d!=='right');
- if(d&&d!=='right')r.querySelector('select').value=d}
+ r.querySelector('.ok').classList.toggle('on',d==='right');r.querySelector('.bad').classList.toggle('on',!!d&&d!=='right');}
 function count(){const n=Object.keys(done).length;document.getElementById('count').textContent=n+' looked at, '+Object.values(done).filter(d=>d!=='right').length+' of them wrong'}
 function set(r,d){const row=r.dataset.row;if(done[row]===d)delete done[row];else done[row]=d;localStorage.setItem(key,JSON.stringify(done));paint(r);count()}
-for(const r of rows){const s=r.querySelector('select');DATA.names.forEach((n,i)=>{if(i!=r.dataset.label)s.add(new Option(n,i))});s.value=r.dataset.to;
+function fill(s,r){if(s.length>1)return;const v=s.value;s.length=0;DATA.names.forEach((n,i)=>{if(i!=r.dataset.label)s.add(new Option(n,i))});s.value=v}
+for(const r of rows){const s=r.querySelector('select'),d=done[r.dataset.row];const v=d&&d!=='right'?d:r.dataset.to;s.add(new Option(DATA.names[v],v));
+ s.onfocus=s.onpointerdown=()=>fill(s,r);
  r.querySelector('.ok').onclick=()=>set(r,'right');r.querySelector('.bad').onclick=()=>set(r,s.value);
  s.onchange=()=>{delete done[r.dataset.row];set(r,s.value)};paint(r)}
 function level(k){rows.forEach(r=>r.hidden=k>=0&&+r.dataset.level>k);const n=k<0?rows.length:DATA.sizes[k];
