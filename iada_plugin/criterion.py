@@ -444,7 +444,10 @@ class MetaIADA(Guest):
         self._step.forward = None  # a pass that nobody took
         self._end_skipped_step()
         step = self._step
-        if not self.in_warmup and self._meta_step_due and step.probe is None:
+        due = not self.in_warmup and self._meta_step_due
+        if due and not self.schedule.tangents.head_only:
+            forward.start = self.capture.values()
+        if due and step.probe is None:
             try:
                 step.on_abandon(self.failures.snapshot())
                 with self.failures.survived(step.leave_meta_out):

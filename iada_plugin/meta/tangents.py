@@ -124,6 +124,7 @@ class Tangents:
             inputs.args,
             inputs.kwargs,
             rng=inputs.rng,
+            start=inputs.start,
             replaced=replaced,
             cast=self.head.covariance.dtype if self.casts else None,
             autocast=False,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .isolation import rng_state, set_rng_state
+from .isolation import Values, rng_state, set_rng_state
 from .precision import tf32_enabled
 from .sharding import is_fsdp, reshard
 
@@ -29,6 +29,7 @@ class Forward:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: list[Any] = field(default_factory=list)  # random state before the pass
+    start: Values | None = None  # what was on the modules before it, where it is to be repeated
     features: Tensor | None = None  # [N, H], with its graph
     logits: Tensor | None = None  # [N, C] output of the classifier
     autocast_dtype: torch.dtype | None = None  # None: no autocast
@@ -90,7 +91,7 @@ class Capture:
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self._probe: Forward | None = None  # the pass of a meta step that is running
         self._verified = False
-        self._restore_buffers: Callable[[], None] = lambda: None
+        self._values: Values | None = None  # that the passes of a meta step begin with
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
@@ -191,6 +192,7 @@ class Capture:
         kwargs: dict[str, Any],
         *,
         rng: list[Any] | None = None,
+        start: Values | None = None,
         replaced: dict[str, Tensor] | None = None,
         cast: torch.dtype | None = None,
         autocast: bool = True,
@@ -200,12 +202,14 @@ class Capture:
         Args:
             args, kwargs: the model's inputs; labels are left out.
             rng: random state to run from, so that dropout masks are those of an earlier pass.
+            start: values to put on the modules before, so that buffers are those of an earlier pass.
             replaced: parameters to use in the place of the model's.
             cast: half-precision inputs are cast to this.
             autocast: off: past the autocast that Accelerate wraps around ``forward``.
         """
         probe = Forward(args, kwargs)
-        self._restore_buffers()  # every pass starts from the same ones
+        if (values := start or self._values) is not None:
+            values.restore()  # every pass starts from the same ones
         kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
@@ -231,30 +235,21 @@ class Capture:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
+        """Run extra passes, each from the same values; random state, buffers (BatchNorm's) and whatever else a pass leaves on
+        modules end as they were."""
         if self.sharded:
             reshard(self.model)
-        own = {id(b) for b in self.head.buffers()}
-        kept = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in self.model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and id(buffer) not in own
-        ]
-
-        def restore() -> None:
-            for module, name, buffer, value in kept:
-                buffer.data.copy_(value)
-                module._buffers[name] = buffer  # a pass may have put another tensor in its place
-
-        states = rng_state(self.device)
-        self._restore_buffers = restore
+        states, self._values = rng_state(self.device), self.values()
         try:
             yield
         finally:
-            self._restore_buffers = lambda: None
+            values, self._values = self._values, None
             set_rng_state(self.device, states)
-            restore()
+            values.restore()
+
+    def values(self) -> Values:
+        """What is on the modules now; the classifier's statistics are moved by no pass."""
+        return Values(self.model, self.head.buffers())
 
     @contextmanager
     def _eager(self) -> Iterator[None]:
