@@ -307,7 +307,7 @@ def test_meta_every_and_the_number_of_passes():
         fit(model, iada, optimizer, [images(seed=s)])
         counts.append(list(passes))
     plain, step = [True], [True, True, False]  # train; train, meta, train displaced
-    first = [True, True, False, False]  # once: the train pass is repeated to see whether it can be
+    first = [True, True, False, False, False]  # once: the train pass is repeated, twice, to see whether it can be
     assert counts == [plain, first, plain, plain, step, plain, plain]
 
 
