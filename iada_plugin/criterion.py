@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from .config import IADAConfig
 from .functional.labels import check_labels, is_soft
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
+from .head.layer import in_label_order
 from .meta.learner import MetaLearner, mean_loss
 from .meta.schedules import SCHEDULES
 from .meta.tangents import TANGENTS
 from .perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .perturbation.reference import TrustedReference
 from .runtime import state
-from .runtime.batches import MetaBatches
+from .runtime.batches import MetaBatches, trained_labels
 from .runtime.capture import Capture, Forward
 from .runtime.checks import (
     check_denominator,
@@ -36,7 +37,7 @@ from .runtime.checks import (
 )
 from .runtime.failures import Failures
 from .runtime.guest import Guest
-from .runtime.labels import labels_of, require_all_classes
+from .runtime.labels import require_all_classes
 from .runtime.processes import global_mean, on_any_process
 from .runtime.row_ids import check_rows
 from .runtime.sharding import is_fsdp, tie
@@ -166,9 +167,13 @@ class MetaIADA(Guest):
         try:
             if class_counts is not None:
                 self.head.set_class_counts(class_counts)
-            labels = labels_of(meta_loader)
+            labels = trained_labels(meta_loader)
             if labels is not None:
-                trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
+                trained = (
+                    None
+                    if class_counts is None
+                    else torch.as_tensor(in_label_order(class_counts, self.head.out_features)) > 0
+                )
                 self._check_classes(labels, trained)
                 config = self.config
             self.statistics = Statistics(self.head, config, characteristics)
@@ -374,6 +379,7 @@ class MetaIADA(Guest):
             return None
         check_rows(ids, len(target), self.reference.histories.num_rows)
         ids = ids.to(target.device)
+        self.reference.check_labels(target, ids, always=self.step == 0)
         prior = self.statistics.log_prior() if self.config.beta != 0 else None
         samples |= {"labels": target, **self.reference.observe(forward.logits, prior, target, ids)}  # type: ignore[arg-type]
         return self.reference.weights(ids).to(forward.dtype)

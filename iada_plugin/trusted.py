@@ -12,8 +12,7 @@ from torch.utils.data import Subset
 from .config import IADAConfig
 from .data.trusted import check_trusted_rows
 from .perturbation.reference import TrustedReference
-from .runtime.batches import meta_dataloader
-from .runtime.labels import labels_of
+from .runtime.batches import meta_dataloader, trained_labels
 
 
 def with_reference(
@@ -43,7 +42,7 @@ def with_reference(
             "trusted_rows are rows of the training set: pass it as train_set=, map-style (a streamed one has no row numbers; load"
             " it, or use meta_loader= without trusted rows)."
         )
-    labels = labels_of(train_set)
+    labels = trained_labels(train_set)
     rows = check_trusted_rows(trusted_rows, len(train_set), labels, num_classes)
     if class_counts is None and labels is not None:
         class_counts = torch.bincount(labels.long(), minlength=num_classes)
@@ -58,5 +57,6 @@ def with_reference(
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
         device=device,
+        labels=None if labels is None else labels[rows],
     )
     return reference, meta_loader, class_counts

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import IADAConfig
@@ -19,10 +19,9 @@ from ..criterion import MetaIADA
 from ..data.trusted import check_trusted_rows, with_trusted
 from ..meta.schedules import SCHEDULES
 from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
-from ..runtime.batches import length_of, meta_dataloader
+from ..runtime.batches import length_of, meta_dataloader, trained_labels
 from ..runtime.capture import Hook
 from ..runtime.checks import CUDA_GRAPH_MODES, REENTRANT
-from ..runtime.labels import labels_of
 from ..runtime.row_ids import SAMPLE_IDS
 from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
 from .trainer_report import TrainerReport, write_report
@@ -436,7 +435,7 @@ def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any
     if not isinstance(own, Tensor) or own.numel() != 1:
         return
     total = F.cross_entropy(logits.detach().float(), labels.long(), reduction="sum")
-    value, tolerance = float(own), 1e-3 if logits.dtype == torch.float32 else 3e-2
+    value, tolerance = float(own.detach()), 1e-3 if logits.dtype == torch.float32 else 3e-2
     expected = [float(total) / len(labels), *([] if num_items is None else [float(total) / float(num_items)])]
     if math.isfinite(value) and all(abs(value - e) > tolerance * max(1.0, abs(e)) for e in expected):
         raise ValueError(
@@ -483,8 +482,13 @@ def _class_counts(loader: Any, model: nn.Module) -> Tensor | None:
             "the training set's labels are floats, which transformers takes for multi-label data: cast them,"
             " dataset.cast_column('labels', Value('int64')). IADA needs one class index per sample."
         )
-    labels = labels_of(dataset)
-    if labels is None or num_labels is None:
+    sampler = loader
+    while inner := [found for n in ("batch_sampler", "sampler") if (found := getattr(sampler, n, None)) is not None]:
+        sampler = inner[0]
+    if num_labels is None or isinstance(sampler, WeightedRandomSampler):
+        return None  # what is drawn counts
+    labels = trained_labels(loader if isinstance(loader, DataLoader) else dataset)
+    if labels is None:
         return None
     wrong = labels[(labels < 0) | (labels >= num_labels)]
     if wrong.numel():

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
@@ -266,6 +267,48 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
     raise ValueError(
         f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."
     )
+
+
+#: Samples that are read to see whether labels are what the columns of a data set say.
+LOOKED_AT = 16
+
+
+def trained_labels(data: Any) -> Tensor | None:
+    """:func:`labels_of` a data set or loader, if they are the labels that its samples come with: transforms and collators may change
+    them. Read for that are a few samples, of different classes; where these cannot be read or have soft labels, nothing is known.
+
+    Returns:
+        ``[N]``, or ``None`` where they are unknown, or others (with a warning).
+    """
+    labels = labels_of(data)
+    dataset, collate = (data.dataset, data.collate_fn) if isinstance(data, DataLoader) else (data, None)
+    dataset = dataset.dataset if isinstance(dataset, SeededSamples) else dataset
+    if labels is None or not len(labels):
+        return labels
+    first = np.unique(labels.numpy(), return_index=True)[1]
+    rows = np.unique(
+        np.append(first[: LOOKED_AT // 2], np.linspace(0, len(labels) - 1, LOOKED_AT // 2).astype(int))
+    ).tolist()
+    states = rng_state(torch.device("cpu"))
+    try:
+        samples = [dataset[row] for row in rows]
+        found = (
+            torch.stack([split_batch(s)[2] for s in samples]) if collate is None else split_batch(collate(samples))[2]
+        )
+    except Exception:  # said where it is trained on
+        return labels
+    finally:
+        set_rng_state(torch.device("cpu"), states)
+    wrong = (found != labels[rows]) if found.shape == (len(rows),) and not found.is_floating_point() else torch.zeros(1)
+    if not wrong.any():
+        return labels
+    k = int(wrong.int().argmax())
+    warnings.warn(
+        f"row {rows[k]} of a {type(dataset).__name__} is read with the label {int(found[k])}, and its labels say {int(labels[rows[k]])} (a"
+        " transform or collator changes them): they are not used, and classes are counted during the warm-up. class_counts gives the"
+        " counts at once."
+    )
+    return None
 
 
 def _labels(labels: Any) -> Tensor:

@@ -28,7 +28,7 @@ def labels_of(data: Any) -> torch.Tensor | None:
         if name is not None and hasattr(data, "__len__"):
             found = data.with_format(None)[name][:]
     elif isinstance(data, torch.utils.data.TensorDataset):
-        found = data.tensors[-1]
+        found = data.tensors[1] if len(data.tensors) == 2 else None  # which of more it is, is not known
     else:
         found = next((getattr(data, name) for name in ("targets", "labels") if hasattr(data, name)), None)
     if found is None:
