@@ -321,6 +321,11 @@ class MetaIADA(Guest):
             step = self._step
 
             def note(gradient: Tensor) -> None:
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        "a backward pass with create_graph=True went through the loss, which can be differentiated once only: take a"
+                        " gradient penalty of the model's output, by F.cross_entropy(output, target) for example, and add it to the loss."
+                    )
                 self.trained = step.backward = True
 
             loss.register_hook(note)

@@ -942,3 +942,28 @@ def test_lightnings_trainer_trains_as_a_loop():
     for found, expected in ((owner, plain), (owner.criterion, plain.criterion)):
         expected = expected.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in found.state_dict().items())
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+def test_a_gradient_penalty_is_taken_of_the_output_and_refused_of_the_loss(schedule):
+    x, y = vectors()
+
+    def penalty(loss):
+        return torch.autograd.grad(loss, list(model.parameters()), create_graph=True)[0].square().sum()
+
+    for of_output in (True, False):
+        model = MLP()
+        iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], schedule=schedule)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = model(x)
+            loss = iada(output, y)
+            if not of_output:
+                with pytest.raises(
+                    RuntimeError, match=r"create_graph=True went through the loss.*of the model's output"
+                ):
+                    penalty(loss)
+                break
+            (loss + penalty(F.cross_entropy(output, y))).backward()
+            optimizer.step()
+    assert iada.step == 0
