@@ -129,3 +129,16 @@ def test_the_trainer_counts_what_it_trains_on(tmp_path):
     sampler = WeightedRandomSampler([1.0] * 4 + [0.0] * 28, 32)
     drawn = counted(tmp_path, train, _get_train_sampler=lambda *_: sampler)
     torch.testing.assert_close(drawn, torch.tensor([1, 33]) / 34)
+
+
+def test_a_split_of_labels_that_are_changed_is_refused():
+    for data in (Letters(), table().with_transform(swapped)):
+        with pytest.raises(ValueError, match=f"{OTHER}.*as an array"):
+            balanced_meta_split(data, 2)
+
+
+def test_a_lazy_column_is_read_at_once(monkeypatch):
+    column = table().with_transform(lambda batch: pytest.fail("the transform runs"))["label"]
+    monkeypatch.setattr(type(column), "__iter__", lambda self: pytest.fail("row by row"), raising=False)
+    meta, rest = balanced_meta_split(column, 2)
+    assert len(meta) == 6 and len(rest) == 18
