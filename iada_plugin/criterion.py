@@ -213,6 +213,8 @@ class MetaIADA(Guest):
         self._step_hook = self.optimizer.register_step_post_hook(
             lambda *_: None if (iada := own()) is None else iada._after_optimizer_step()
         )
+        for hook in (self._step_hook, self.capture):
+            weakref.finalize(self, hook.remove)
         # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
         buffers = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
         self._ddp_ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", None)
@@ -318,7 +320,7 @@ class MetaIADA(Guest):
         if self.capture.sharded:
             loss = tie(loss, [output])
         if loss.requires_grad:
-            step = self._step
+            step, own = self._step, weakref.ref(self)  # a loss that is kept does not keep this alive
 
             def note(gradient: Tensor) -> None:
                 if torch.is_grad_enabled():
@@ -326,7 +328,9 @@ class MetaIADA(Guest):
                         "a backward pass with create_graph=True went through the loss, which can be differentiated once only: take a"
                         " gradient penalty of the model's output, by F.cross_entropy(output, target) for example, and add it to the loss."
                     )
-                self.trained = step.backward = True
+                step.backward = True
+                if (iada := own()) is not None:
+                    iada.trained = True
 
             loss.register_hook(note)
         return loss
@@ -596,6 +600,7 @@ class MetaIADA(Guest):
             self.model._ddp_params_and_buffers_to_ignore = self._ddp_ignored  # type: ignore[assignment]
         else:
             vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
+        self.meta_batches.close()
 
     def _restore_head(self) -> None:
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:

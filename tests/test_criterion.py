@@ -967,3 +967,39 @@ def test_a_gradient_penalty_is_taken_of_the_output_and_refused_of_the_loss(sched
             (loss + penalty(F.cross_entropy(output, y))).backward()
             optimizer.step()
     assert iada.step == 0
+
+
+def test_the_first_error_of_a_meta_batch_is_the_one_that_is_said():
+    """Not that of the second try, in half precision."""
+    with pytest.raises(ValueError, match=r"RuntimeError: mat1 and mat2 shapes cannot be multiplied") as found:
+        make(MLP(), (torch.randn(6, 5), torch.arange(6) % 3), counts=[1, 1, 1])
+    assert "BFloat16" not in str(found.value) and isinstance(found.value.__cause__, RuntimeError)
+
+    class Half(MLP):
+        def forward(self, x):
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("of the second try")
+            raise RuntimeError("of the first")
+
+    with pytest.raises(ValueError, match="RuntimeError: of the first"):
+        make(Half(), vectors(seed=1), counts=[1, 1, 1])
+
+
+def test_an_optimizer_in_fastais_wrapper():
+    class OptimWrapper:
+        """As fastai's: no subclass of torch's."""
+
+        def __init__(self, opt):
+            self.opt = opt
+
+        def step(self):
+            self.opt.step()
+
+    model = MLP()
+    wrapped = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    iada, _ = make(model, vectors(seed=1), counts=[1, 1, 1], optimizer=wrapped)
+    for _ in range(3):
+        wrapped.opt.zero_grad()
+        iada(model(vectors()[0]), vectors()[1]).backward()
+        wrapped.step()
+    assert iada.step == 3 and iada.meta_batches.drawn == 2

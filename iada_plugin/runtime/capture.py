@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .isolation import Values, rng_state, set_rng_state
 from .precision import tf32_enabled
-from .sharding import is_fsdp, reshard
+from .sharding import is_fsdp, local, reshard
 
 #: Keyword arguments of a model that the loss uses, not the features.
 LABEL_KEYS = ("labels", "label", "label_ids", "num_items_in_batch")
@@ -48,6 +48,16 @@ class Hook:
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self.function = function
 
+    def on(self, register: Callable[..., Any], **options: Any) -> Hook:
+        """This hook, registered."""
+        self._handle = register(self, **options)
+        return self
+
+    def remove(self) -> None:
+        """Take it off, also for a pass that is calling its hooks right now."""
+        self.function = None
+        self._handle.remove()
+
     # A graph break: what the hooks record must be the tensors of the real pass.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,6 +69,10 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
         return Hook, (None,)
+
+
+class WrittenWeightError(ValueError):
+    """The model writes a parameter in its forward pass."""
 
 
 class Capture:
@@ -90,15 +104,15 @@ class Capture:
             functorch_config.donated_buffer = False
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self._probe: Forward | None = None  # the pass of a meta step that is running
-        self._verified = False
+        self._verified = self._unwritten = False
         self._values: Values | None = None  # that the passes of a meta step begin with
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
-        self._handles = [
+        self._hooks = [
             # Before FSDP's own hook, which gathers parameters for the pass to come.
-            model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=self.sharded),
-            head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
+            Hook(self._before_model).on(model.register_forward_pre_hook, with_kwargs=True, prepend=self.sharded),
+            Hook(self._after_head).on(head.register_forward_hook, with_kwargs=True),
         ]
 
     def mark_compiled(self, cuda_graphs: bool = False) -> None:
@@ -214,6 +228,7 @@ class Capture:
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
+        norms = self._norms() if self.model.training and not self._unwritten else {}
         try:
             self._probe = probe
             with self._eager(), nullcontext() if autocast else self._original_forward():
@@ -225,6 +240,7 @@ class Capture:
                         probe.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
                 else:
                     functional_call(self.model, replaced, args, kwargs)
+            self._check_unwritten(norms)
             if probe.features is None:
                 raise RuntimeError("the classifier did not run in a pass of the meta step.")
             return probe
@@ -246,6 +262,27 @@ class Capture:
             values, self._values = self._values, None
             set_rng_state(self.device, states)
             values.restore()
+
+    @torch.no_grad()
+    def _norms(self) -> dict[str, Tensor]:
+        named = {
+            n: local(p) for n, p in self.model.named_parameters() if p.is_floating_point() and p.device.type != "meta"
+        }
+        return dict(zip(named, torch._foreach_norm(list(named.values())), strict=True)) if named else {}
+
+    def _check_unwritten(self, before: dict[str, Tensor]) -> None:
+        """Once: a pass has left the parameters as they were, whose norms ``before`` are given.
+
+        Raises:
+            WrittenWeightError: the model writes one in its forward pass.
+        """
+        self._unwritten = self._unwritten or bool(before)
+        for (name, norm), now in zip(before.items(), self._norms().values() if before else (), strict=True):
+            if not torch.equal(norm.nan_to_num(), now.nan_to_num()):
+                raise WrittenWeightError(
+                    f"{type(self.model).__name__}: the parameter {name} is written by the forward pass itself (a moving average of a"
+                    " codebook?), so that the passes of meta steps would change it: keep it as a buffer (register_buffer)."
+                )
 
     def values(self) -> Values:
         """What is on the modules now; the classifier's statistics are moved by no pass."""
@@ -283,5 +320,5 @@ class Capture:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()
