@@ -268,6 +268,11 @@ class MetaIADA(Guest):
         self._step.forward = forward
 
     @property
+    def logits_seen(self) -> Tensor | None:
+        """``[N, C]`` of the training pass of which no loss was taken yet."""
+        return None if self._step.forward is None else self._step.forward.logits
+
+    @property
     def in_warmup(self) -> bool:
         """Whether the next optimizer step still trains without perturbation."""
         return self.step < self.warmup.steps
@@ -595,12 +600,12 @@ class MetaIADA(Guest):
         self._step = Step(self._step.number)
         self.capture.remove()
         self._step_hook.remove()
+        self.meta_batches.close()
         self._restore_head()
         if self._ddp_ignored is not None:
             self.model._ddp_params_and_buffers_to_ignore = self._ddp_ignored  # type: ignore[assignment]
         else:
             vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
-        self.meta_batches.close()
 
     def _restore_head(self) -> None:
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
