@@ -46,7 +46,9 @@ def with_reference(
     rows = check_trusted_rows(trusted_rows, len(train_set), labels, num_classes)
     if class_counts is None and labels is not None:
         class_counts = torch.bincount(labels.long(), minlength=num_classes)
+    known = None  # the labels of meta batches, where they are the trusted rows themselves
     if meta_loader is None:
+        known = None if labels is None else labels[rows]
         size = config.meta_batch_size or 64
         meta_loader = meta_dataloader(Subset(train_set, rows.tolist()), size, config.seed)
     reference = TrustedReference(
@@ -57,6 +59,6 @@ def with_reference(
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
         device=device,
-        labels=None if labels is None else labels[rows],
+        labels=known,
     )
     return reference, meta_loader, class_counts

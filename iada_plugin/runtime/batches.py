@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .capture import LABEL_KEYS
 from .failures import MetaLoaderError
@@ -300,6 +301,11 @@ def changed_label(data: Any, labels: Tensor) -> str | None:
     rows = np.union1d(first, np.linspace(0, len(labels) - 1, LOOKED_AT // 2).astype(int)).tolist()
     states = rng_state(torch.device("cpu"))
     try:
+        dataset = copy.copy(
+            dataset
+        )  # a file that is opened with the first sample must not be shared with worker processes
+        if isinstance(dataset, Subset):
+            dataset.dataset = copy.copy(dataset.dataset)
         samples = [dataset[row] for row in rows]
         found = (
             torch.stack([split_batch(s)[2] for s in samples]) if collate is None else split_batch(collate(samples))[2]

@@ -53,6 +53,8 @@ def seed_rng(device: torch.device, seed: int) -> None:
 
 #: Attributes that every module has.
 _OF_ALL = frozenset(vars(nn.Module()))
+#: Whose hooks see to parameters and devices, and keep a state for that.
+_FRAMEWORKS = ("torch", "accelerate", "deepspeed", "iada_plugin")
 _PLAIN = (int, float, str, tuple, type(None), torch.dtype, torch.device)
 #: Generators that a model may keep for itself: how to read their state, and how to set it.
 _GENERATORS: dict[type, tuple[Any, Any]] = {
@@ -120,6 +122,8 @@ class Values:
         """What a hook may write to: itself, what it is a method of, is given, closes over, or names. Kept is what has a name or key
         there: one that counts passes, by appending to a list, counts all of them."""
         function = getattr(hook, "func", hook)  # in a functools.partial
+        if (getattr(function, "__module__", None) or "").partition(".")[0] in _FRAMEWORKS:
+            return
         code, named = getattr(function, "__code__", None), getattr(function, "__globals__", {})
         found = [named[name] for name in (() if code is None else code.co_names) if name in named]
         for cell in getattr(function, "__closure__", None) or ():

@@ -60,6 +60,21 @@ def test_labels_that_are_trained_on_or_cannot_be_told_from_them_are_known(data):
         assert len(trained_labels(data)) == 24
 
 
+def test_a_look_at_samples_opens_no_file_for_good():
+    class Lazy(Letters):
+        file, targets = None, Y.tolist()
+
+        def __getitem__(self, k):
+            self.file = "open"
+            return X[k], self.targets[k]
+
+    lazy = Lazy()
+    assert (
+        len(trained_labels(lazy)) == len(trained_labels(DataLoader(Subset(lazy, range(24)), 5))) == 24
+        and lazy.file is None
+    )
+
+
 def make(**options):
     torch.manual_seed(0)
     model = MLP()
