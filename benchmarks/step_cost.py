@@ -445,6 +445,10 @@ def measure(args: argparse.Namespace, options: Options) -> list[dict[str, Any]]:
     return rows
 
 
+#: Steps over which the recorder is timed: twice as many as wait for a copy, so that what a step pays includes it.
+RECORDED = 128
+
+
 def recorder_share(work: Workload, setting: Setting, options: Options, model: nn.Module) -> float:
     """Share of a step's time that is spent in what collects for a report, its copies from the device included."""
     spent = [0.0]
@@ -464,8 +468,7 @@ def recorder_share(work: Workload, setting: Setting, options: Options, model: nn
             setattr(Recorder, name, timed(kept[name]))
         cycle = make_step(work, setting, options, model)
         spent[0] = 0.0
-        # Twice as many steps as wait for a copy, so that what a step pays includes it.
-        whole = seconds(lambda: [cycle() for _ in range(-(-128 // setting.steps))], options.device)
+        whole = seconds(lambda: [cycle() for _ in range(-(-RECORDED // setting.steps))], options.device)
     finally:
         for name in names:
             setattr(Recorder, name, kept[name])

@@ -108,10 +108,10 @@ def approximations() -> str:
     return "\n".join(text).rstrip()
 
 
-def suspects() -> str:
-    """benchmarks/suspects.py."""
-    result = json.loads((RESULTS / "suspects_cpu.json").read_text())
-    return f"{_benchmark('suspects').render(result, None)}\n\n{_made_by(result)}"
+def wrong_labels() -> str:
+    """benchmarks/suspects.py: the promise, rankings, and where it bends."""
+    suspects = _benchmark("suspects")
+    return suspects.summary(suspects.read(RESULTS / "suspects_cpu.jsonl"))
 
 
 Seeds = dict[int, float]
@@ -198,7 +198,7 @@ BLOCKS = {
         approximations,
     ],
     ROOT / "docs" / "long_runs.md": [soak],
-    ROOT / "docs" / "suspects.md": [suspects],
+    ROOT / "docs" / "wrong_labels.md": [wrong_labels],
 }
 
 

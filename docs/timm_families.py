@@ -8,11 +8,16 @@ Models are built and run on the meta device: no weights, no download, no memory.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import timm
 import torch
 from timm.layers import set_fused_attn
+from torch import Tensor, nn
 
 from iada_plugin.head import convert_to_iada, find_classifier
 from iada_plugin.runtime.capture import Capture, Forward
@@ -22,6 +27,32 @@ def smallest_model(module: str) -> str | None:
     """The first model of a family that the meta device can build."""
     names = timm.list_models(module=module)
     return names[0] if names else None
+
+
+def _unless_meta(function: Callable[..., Any]) -> Callable[..., Any]:
+    def changed(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self if self.is_meta else function(self, *args, **kwargs)
+
+    return changed
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Without initial values, normalization, activations and recurrence, which leave shapes as they are.
+
+    The meta device has no values, but takes most of the time to find out that.
+    """
+
+    def lstm(self: nn.LSTM, x: Tensor, hx: Any = None) -> tuple[Tensor, None]:
+        return x.new_empty(*x.shape[:-1], self.hidden_size * (2 if self.bidirectional else 1)), None
+
+    with ExitStack() as patches:
+        for name in ("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_"):
+            patches.enter_context(patch.object(Tensor, name, _unless_meta(getattr(Tensor, name))))
+        for name in ("batch_norm", "layer_norm", "gelu", "silu"):
+            patches.enter_context(patch.object(nn.functional, name, lambda x, *args, **kwargs: x))
+        patches.enter_context(patch.object(nn.LSTM, "forward", lstm))
+        yield
 
 
 def try_family(module: str) -> tuple[str, str, str]:
@@ -56,7 +87,8 @@ def try_family(module: str) -> tuple[str, str, str]:
 def table() -> list[tuple[str, str, str, str]]:
     """Rows (family, model, classifier, outcome)."""
     set_fused_attn(False)
-    return [(module, *try_family(module)) for module in timm.list_modules()]
+    with shapes_only():
+        return [(module, *try_family(module)) for module in timm.list_modules()]
 
 
 def main() -> None:

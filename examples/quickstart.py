@@ -3,7 +3,7 @@
     pip install ".[examples]"
     python examples/quickstart.py
 
-No download, about a minute. It prints the accuracy of both, lists the labels that look wrong, and writes a report with pictures to
+No download, about a minute. It prints the accuracy of both, lists the labels that are wrong, and writes a report with pictures to
 outputs/quickstart/. Read it from top to bottom: it is a plain PyTorch loop, and three places (marked 1, 2, 3) are all that
 Meta-IADA adds to it.
 """
@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, with_row_ids
 from iada_plugin.data import noisy_labels
-from iada_plugin.metrics import auroc
 
 
 def make_data(seed: int) -> dict[str, torch.Tensor]:
@@ -99,19 +98,17 @@ def main() -> None:
     for name, predictions in found.items():
         report.add_evaluation(name, predictions, data["test_y"])
 
-    suspects = report.suspects()
-    print("\nThe ten most suspect labels:")
-    print(f"{'row':>5} {'label':>6} {'model says':>11} {'epsilon':>8} {'suspicion':>10}   truth")
-    for s in suspects[:10]:
-        print(
-            f"{s.id:>5} {s.label:>6} {s.predicted:>11} {s.epsilon:>+8.2f} {s.suspicion:>10.3f}   {data['true'][s.id]}"
-        )
-    ids = [s.id for s in suspects]
-    share = 100 * wrong[ids[: wrong.sum()]].mean()
-    score = 100 * auroc([s.suspicion for s in suspects], wrong[ids])
-    print(f"Of the {wrong.sum()} most suspect labels {share:.0f} % are wrong; AUROC {score:.1f} %.")
+    # Labels that are wrong: on average at most a tenth of this list is right.
+    suspects = report.suspects(false_alarms=0.1)
+    print(f"\n{suspects}.")
+    print(f"The truth is known here: {100 * (~wrong[suspects.rows]).mean():.1f} % of the list is right,"
+          f" and {100 * wrong[suspects.rows].sum() / wrong.sum():.0f} % of the wrong labels are on it.")  # fmt: skip
+    print(f"{'row':>5} {'label':>6} {'suggested':>10} {'p-value':>8}   truth")
+    for row in suspects.rows[:10]:
+        label, other, p = suspects.label[row], suspects.suggested[row], suspects.p_value[row]
+        print(f"{row:>5} {label:>6} {other:>10} {p:>8.3f}   {data['true'][row]}")
     page = report.write(args.output)
-    print(f"\nPicture of the suspects: {args.output / 'suspects.png'}\nWhole report: {page} (open it in a browser)")
+    print(f"\nThe list, to look at: {args.output / 'wrong_labels.html'}\nWhole report: {page} (open them in a browser)")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ _HOME = {
     "balanced_meta_split": ".data.meta",
     "meta_dataloader": ".runtime.batches",
     "last_complete_checkpoint": ".integrations.checkpoint",
+    "LabelAuditCallback": ".integrations.label_audit",
+    "MarginRecorder": ".wrong_labels.margins",
+    "WrongLabels": ".wrong_labels.result",
+    "find_wrong_labels": ".wrong_labels.find",
     "with_row_ids": ".runtime.row_ids",
     "with_trusted": ".data.trusted",
 }
@@ -31,11 +35,15 @@ if TYPE_CHECKING:
     from .data.trusted import with_trusted as with_trusted
     from .head.layer import IADAHead as IADAHead
     from .integrations.checkpoint import last_complete_checkpoint as last_complete_checkpoint
+    from .integrations.label_audit import LabelAuditCallback as LabelAuditCallback
     from .integrations.timm_task import MetaIADATask as MetaIADATask
     from .integrations.trainer import MetaIADACallback as MetaIADACallback
     from .report.report import Report as Report
     from .runtime.batches import meta_dataloader as meta_dataloader
     from .runtime.row_ids import with_row_ids as with_row_ids
+    from .wrong_labels.find import find_wrong_labels as find_wrong_labels
+    from .wrong_labels.margins import MarginRecorder as MarginRecorder
+    from .wrong_labels.result import WrongLabels as WrongLabels
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,12 @@
-"""A training run that may be killed: ``python killable.py KIND FOLDER`` begins it or takes it up where it was.
+"""A training run that may be killed: ``heard(KIND, FOLDER, connection)`` begins it or takes it up where it was.
 
-It says "resumes N", "step N", "saving N" and "saved N" on the way; the end of it is in ``FOLDER/final.safetensors``.
+It says ("resumes", N), ("step", N), ("saving", N) and ("saved", N) on the way; the end of it is in
+``FOLDER/final.safetensors``.
 """
 
 import os
-import sys
 import time
+import traceback
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +20,7 @@ FINAL = "final.safetensors"
 PAUSE = 0.005
 
 
-def say(*words):
-    print(*words, flush=True)
+say = print  # or what :func:`heard` puts in its place
 
 
 def finish(folder, model, optimizer, iada_state):
@@ -132,11 +132,17 @@ def trainer(folder):
     finish(folder, run.model, run.optimizer, first.iada_state)
 
 
-if __name__ == "__main__":
+def heard(kind, folder, connection):
+    """In a process of its own: send what is said through ``connection``, and an error too."""
+    global say
     import conftest  # noqa: F401 - one thread
 
-    kind, folder = sys.argv[1:]
-    if kind == "trainer":
-        trainer(folder)
-    else:
-        loop(folder, {"loop": "lookahead", "loop-online": "online"}[kind])
+    say = lambda word, number: connection.send((word, number))  # noqa: E731
+    try:
+        if kind == "trainer":
+            trainer(folder)
+        else:
+            loop(folder, {"loop": "lookahead", "loop-online": "online"}[kind])
+    except BaseException:
+        connection.send(("error", traceback.format_exc()))
+        raise

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import MLP, distilbert, tokens
+from processes import together
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
 
@@ -185,7 +186,7 @@ def one_rank_is_not_finite(rank):
 @pytest.mark.filterwarnings("ignore:the meta loss")
 def test_processes_equal_one(tmp_path, world):
     """20 meta steps with SGD, dropout off: parameters within 1e-5, ranks the same bit for bit."""
-    mp.spawn(train_all, args=(world, tmp_path), nprocs=world)
+    together(train_all, world, tmp_path)
     for name, (kind, _) in RUNS.items():
         first, *others = (torch.load(tmp_path / f"{name}-{r}.pt", weights_only=True) for r in range(world))
         for other in others:
@@ -225,58 +226,73 @@ import torch
 import conftest, trainers as here
 from models import distilbert
 
-folder, kind = sys.argv[1], sys.argv[2]
-torch.manual_seed(0)
-model = distilbert()
-if kind == "ignores":  # takes loss arguments, and does nothing with them
-    inner = model.forward
-    type(model).accepts_loss_kwargs = True
-options = {"per_device_train_batch_size": int(sys.argv[3]), "gradient_accumulation_steps": 2, "max_steps": 12,
-           "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
-if kind == "off":
-    options["average_tokens_across_devices"] = False
-rows = 64
-if kind == "few":  # one batch, for two processes
-    rows, options["per_device_train_batch_size"], options["gradient_accumulation_steps"] = 5, 8, 1
-ours = here.callback(meta_batch_size=8)
-ours.report_dir = f"{folder}/report-{sys.argv[4]}" if kind == "default" else None
-t = here.trainer(folder, ours, model=model, train=here.dataset(rows), **options)
-t.train()
-if kind == "default":  # in all processes
-    found = torch.tensor([[s.id, s.label, s.epsilon, s.loss, s.epochs] for s in sorted(ours.report.suspects())])
-    torch.save(found, f"{folder}/suspects-{sys.argv[4]}{t.args.process_index or ''}.pt")
-assert t.state.log_history[-2]["iada/meta_loss"] > 0
-if t.args.process_index == 0 or kind == "few":
-    torch.save(t.model.state_dict(), f"{folder}/{kind}-{sys.argv[4]}{t.args.process_index or ''}.pt")
+
+def train(folder, kind, batch_size, name):
+    torch.manual_seed(0)
+    model = distilbert()
+    if kind == "ignores":  # takes loss arguments, and does nothing with them
+        model.accepts_loss_kwargs = True
+    options = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 2, "max_steps": 12,
+               "optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
+    if kind == "off":
+        options["average_tokens_across_devices"] = False
+    rows = 64
+    if kind == "few":  # one batch, for two processes
+        rows, options["per_device_train_batch_size"], options["gradient_accumulation_steps"] = 5, 8, 1
+    ours = here.callback(meta_batch_size=8)
+    ours.report_dir = f"{folder}/report-{name}" if kind == "default" else None
+    t = here.trainer(folder, ours, model=model, train=here.dataset(rows), **options)
+    assert t.model_accepts_loss_kwargs or kind != "ignores"
+    t.train()
+    if kind == "default":  # in all processes
+        found = torch.tensor([[s.id, s.label, s.epsilon, s.loss, s.epochs] for s in sorted(ours.report.suspects())])
+        torch.save(found, f"{folder}/suspects-{name}{t.args.process_index or ''}.pt")
+    assert t.state.log_history[-2]["iada/meta_loss"] > 0
+    if t.args.process_index == 0 or kind == "few":
+        torch.save(t.model.state_dict(), f"{folder}/{kind}-{name}{t.args.process_index or ''}.pt")
+
+
+folder, kinds, batch_size, name = sys.argv[1:]
+for kind in kinds.split(","):
+    train(folder, kind, int(batch_size), name)
 """
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trainers of every kind, in this process and by ``torchrun`` in two: a start of its own would take longer than a run."""
+    from trainers import adds_up_micro_batches
+
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "run.py").write_text(TRAINER)
+    kinds = [] if adds_up_micro_batches() else ["default", "off", "ignores"]
+    if kinds:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["run.py", str(folder), ",".join(kinds), "8", "one"])
+            runpy.run_path(str(folder / "run.py"))
+    launch(folder / "run.py", folder, ",".join([*kinds, "few"]), 4, "two")
+    return folder
+
+
 @pytest.mark.parametrize("kind", ["default", "off", "ignores"])
-def test_trainer_under_torchrun(tmp_path, kind):
+def test_trainer_under_torchrun(trained, kind):
     """Also where the Trainer multiplies the loss by the number of processes, and for a model that leaves that alone."""
     from trainers import adds_up_micro_batches
 
     if adds_up_micro_batches():
         pytest.skip("this Trainer (4.46) adds up the losses of micro-batches, whatever the loss")
-    script = tmp_path / "run.py"
-    script.write_text(TRAINER)
-    launch(script, tmp_path, kind, 8, "one", world=1)
-    launch(script, tmp_path, kind, 4, "two")
-    one, two = (torch.load(tmp_path / f"{kind}-{n}.pt", weights_only=True) for n in ("one", "two"))
+    one, two = (torch.load(trained / f"{kind}-{n}.pt", weights_only=True) for n in ("one", "two"))
     assert max(float((one[k] - two[k]).abs().max()) for k in one) < 1e-5
     if kind == "default":
-        one, *two = (torch.load(tmp_path / f"suspects-{n}.pt", weights_only=True) for n in ("one", "two", "two1"))
+        one, *two = (torch.load(trained / f"suspects-{n}.pt", weights_only=True) for n in ("one", "two", "two1"))
         assert torch.equal(*two) and one[:, 0].tolist() == list(range(64)) and one[:, 1].tolist() == [0, 1] * 32
         assert torch.allclose(one, two[0], atol=1e-4)
-        assert (tmp_path / "report-two" / "report.html").is_file()
+        assert (trained / "report-two" / "report.html").is_file()
 
 
-def test_fewer_batches_than_processes(tmp_path):
+def test_fewer_batches_than_processes(trained):
     """Samples are repeated, as Accelerate does; ranks stay together."""
-    script = tmp_path / "run.py"
-    script.write_text(TRAINER)
-    launch(script, tmp_path, "few", 8, "two")
-    one, two = (torch.load(tmp_path / f"few-two{n}.pt", weights_only=True) for n in ("", "1"))
+    one, two = (torch.load(trained / f"few-two{n}.pt", weights_only=True) for n in ("", "1"))
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
@@ -304,7 +320,7 @@ def train_task(rank, world, folder):
 @pytest.mark.skipif(MetaIADATask is None, reason="this timm has no timm.task")
 def test_timms_task_in_two_processes(tmp_path):
     train_task(0, 1, tmp_path)
-    mp.spawn(train_task, args=(2, tmp_path), nprocs=2)
+    together(train_task, 2, tmp_path)
     one, *two = (torch.load(tmp_path / f"task-{n}.pt", weights_only=True) for n in ("1-0", "2-0", "2-1"))
     for key, value in one.items():
         assert torch.equal(two[0][key], two[1][key])

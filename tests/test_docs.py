@@ -141,6 +141,24 @@ def report_names(tmp_path):
     }  # fmt: skip
 
 
+def wrong_labels_names(tmp_path):
+    names = trainer_names(tmp_path)
+    x, y = torch.randn(60, 6), torch.arange(60) % 3
+    model = MLP()
+    return {
+        "embeddings": x, "labels": y, "trusted_rows": range(30), "texts": [f"text {k}" for k in range(60)], "epochs": 2,
+        "train": TensorDataset(x, y), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "classifier": names["model"], "args": names["args"], "dataset": rows(60, 0),
+    }  # fmt: skip
+
+
+def after_wrong_labels(names):
+    assert (
+        names["recorder"].epochs == [1, 2] and names["audit"].wrong_labels.label.tolist() == names["dataset"]["labels"]
+    )
+    assert Path("wrong_labels/wrong_labels.html").is_file() and Path("audit/wrong_labels.csv").is_file()
+
+
 #: What the blocks of a page find: one namespace a page, in which its blocks run one after the other.
 PREPARED = {
     "examples.md": lambda tmp_path: {"labels": np.arange(200) % 4},
@@ -157,6 +175,7 @@ PREPARED = {
     "trainer_special.md": special_names,
     "trusted_rows.md": trusted_names,
     "without_meta_set.md": loop_names,
+    "wrong_labels.md": wrong_labels_names,
 }
 
 
@@ -228,6 +247,7 @@ AFTERWARDS = {
     "trainer_special.md": after_special,
     "trusted_rows.md": after_trusted,
     "without_meta_set.md": after_without_meta_set,
+    "wrong_labels.md": after_wrong_labels,
 }
 
 

@@ -5,8 +5,8 @@ import importlib.util
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from models import MLP, distilbert, tokens
+from processes import together
 from test_distributed import STEPS, finish, launch, part, start
 from torch import nn
 
@@ -146,7 +146,7 @@ def files(rank, folder):
 @needs_fsdp2
 def test_fsdp2_equals_one_process(tmp_path):
     """Through Accelerate and the Trainer FSDP2 is the same ``fully_shard``, which they call on GPUs only."""
-    mp.spawn(train_all, args=(2, tmp_path), nprocs=2)
+    together(train_all, 2, tmp_path)
     for name in RUNS:
         one = train(0, 1, name)
         first, second = (torch.load(tmp_path / f"{name}-{r}.pt", weights_only=True) for r in range(2))

@@ -93,7 +93,7 @@ def text_features(texts: list[str], name: str, max_length: int) -> Tensor:
     return _cached(name, make).float()
 
 
-def _network(kind: str, inputs: int, num_classes: int) -> nn.Module:
+def network(kind: str, inputs: int, num_classes: int) -> nn.Module:
     if kind == "small":  # cannot fit its training set
         return nn.Sequential(nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, num_classes))
     first = [nn.BatchNorm1d(256), nn.ReLU()] if kind == "images" else [nn.ReLU(), nn.Dropout(0.1)]
@@ -107,7 +107,7 @@ def _network(kind: str, inputs: int, num_classes: int) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=1)
-def _cifar(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def cifar(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features ``[N, 256]`` and labels of CIFAR-10's train, then of its test images."""
 
     def make() -> tuple[Tensor, ...]:
@@ -152,7 +152,7 @@ def cifar_features(
         epochs: passes.
         seed: of every draw.
     """
-    x, y, test_x, test_y = _cifar(data)
+    x, y, test_x, test_y = cifar(data)
     rng = np.random.default_rng([seed, 11])
     trusted, rest = balanced_meta_split(y, trusted_per_class, seed=seed)
     kept = np.asarray(trusted)[y[trusted].numpy() < trusted_classes]
@@ -172,7 +172,7 @@ def cifar_features(
         val=Samples(x[val], y[val]), test=Samples(test_x, test_y),
         settings=Settings("small" if small else "images", epochs, 100, "sgd", 0.02, 5e-4, (0.6, 0.85), 0.1, warmup_ratio=0.25),
         score=class_scores(counts) if imbalance_ratio > 1 else balanced_scores,
-        network=lambda kind: _network(kind, x.shape[1], 10), class_names=CIFAR10_CLASSES,
+        network=lambda kind: network(kind, x.shape[1], 10), class_names=CIFAR10_CLASSES,
     )  # fmt: skip
     return train_along(scenario)
 
@@ -224,7 +224,7 @@ def comment_features(path: str, *, flipped: float = 0.0, trusted_per_group: int 
         "comment_features", 2, train=train, meta=meta, val=parts["val"], test=parts["test"],
         settings=Settings("texts", 10, 64, "adamw", 1e-3, 0.01, (0.7,), 0.1, warmup_ratio=0.25),
         score=group_scores(len(GROUPS), source.groups, 40),  # type: ignore[arg-type]
-        network=lambda kind: _network(kind, features.shape[1], 2), class_names=("not toxic", "toxic"),
+        network=lambda kind: network(kind, features.shape[1], 2), class_names=("not toxic", "toxic"),
     ))  # fmt: skip
 
 
@@ -259,5 +259,5 @@ def reuters_features(path: str, *, uniform: float = 0.0, trusted_per_class: int 
         "reuters_features", num_classes, train=Samples(x[rest], noisy, clean=labels[rest]),
         meta=Samples(x[meta], labels[meta], clean=labels[meta]), val=Samples(x[val], labels[val]),
         test=Samples(x[test], labels[test]), settings=Settings("texts", 30, 64, "adamw", 1e-3, 0.01, (0.7,), 0.1, warmup_ratio=0.5),
-        score=macro_first, network=lambda kind: _network(kind, x.shape[1], num_classes), class_names=names,
+        score=macro_first, network=lambda kind: network(kind, x.shape[1], num_classes), class_names=names,
     ))  # fmt: skip

@@ -176,7 +176,6 @@ def run_method(
     device: str = "cpu",
     config: dict[str, Any] | None = None,
     test: bool = True,
-    report: bool = False,
 ) -> dict[str, Any]:
     """Train one method on one scenario.
 
@@ -190,11 +189,10 @@ def run_method(
         device: to train on.
         config: settings of `IADAConfig`, for the methods that have one.
         test: score the test samples; off while settings are chosen.
-        report: collect a `Report`, where the method has the IADA loss.
 
     Returns:
         ``metrics`` (test), ``validation``, ``config`` (of the IADA loss, where the method has it), ``curve``, ``seconds``, ``predictions`` and, where true labels are known,
-        ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first. With ``report``, the `Report` or ``None``.
+        ``noise_auroc``: how well the method's per-sample signal ranks wrong labels first.
     """
     settings = settings or scenario.settings
     seed_rng(torch.device(device), seed)
@@ -210,7 +208,6 @@ def run_method(
     seed_rng(torch.device(device), seed + 1)  # the same batches for every method until one of them draws differently
     criterion = method.criterion(run)
     val = None if scenario.val is None else scenario.val.to(device)
-    watching = _report(criterion.engine, scenario, train) if report and hasattr(criterion, "engine") else None
 
     def validate(model: nn.Module) -> float:
         return next(iter(scenario.score(predict(model, val), scenario.val).values()))  # type: ignore[arg-type]
@@ -227,8 +224,6 @@ def run_method(
         method.finish(run, criterion)
     seconds += time.perf_counter() - start
     found: dict[str, Any] = {"curve": curve, "seconds": round(seconds, 1)}
-    if report:
-        found["report"] = watching
     if val is not None:
         found["validation"] = scenario.score(predict(model, val), scenario.val)  # type: ignore[arg-type]
     if hasattr(criterion, "engine"):
@@ -238,13 +233,6 @@ def run_method(
         found |= {"metrics": scenario.score(predictions, scenario.test), "predictions": predictions}
     found["noise_auroc"] = _noise_auroc(criterion, train)
     return found
-
-
-def _report(engine: MetaIADA, scenario: Scenario, train: Samples) -> Any:
-    from iada_plugin.report.report import Report  # needs Matplotlib
-
-    samples = train.x if train.x.is_floating_point() else None  # words are indices here
-    return Report(engine, class_names=scenario.class_names, true_labels=train.clean, samples=samples, max_id=len(train))
 
 
 def _noise_auroc(criterion: Any, train: Samples) -> float | None:

@@ -52,16 +52,20 @@ def _bytes(tensor: Tensor) -> bytes:
 def save_state(engine: MetaIADA, path: str | Path, write: bool = True) -> None:
     """Write the engine's state; the file appears whole or not at all. Where parameters are sharded, all processes collect
     it, and those with ``write`` write it."""
-    path = Path(path)
     info = {
         "config": engine.config.to_dict(),
         "classifier": engine.classifier_name,
         "weights": fingerprint(engine.head),
     }
     tensors = {k: v.cpu() for k, v in engine.state_dict().items()}
-    if not write:
-        return
-    info["sha256"] = digest(tensors, info)
+    if write:
+        write_tensors(tensors, info, path)
+
+
+def write_tensors(tensors: dict[str, Tensor], info: dict[str, Any], path: str | Path) -> None:
+    """A file of tensors and JSON with a checksum, which appears whole or not at all."""
+    path = Path(path)
+    info = {**info, "sha256": digest(tensors, info)}
     partial = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     save_file(tensors, partial, metadata={"iada": json.dumps(info)})
     with open(partial, "rb+") as file:
@@ -80,18 +84,28 @@ def read_state(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no Meta-IADA state at {path}")
     try:
-        with safe_open(path, framework="pt") as file:
-            info = dict(json.loads((file.metadata() or {})["iada"]))
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        tensors, info = read_tensors(path)
         check_format(tensors)
-        if info.pop("sha256") != digest(tensors, info):
-            raise ValueError("its contents do not match their checksum")
         return tensors, info
     except (SafetensorError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is damaged or no Meta-IADA state ({error}). Resume from an older checkpoint:"
             " iada_plugin.last_complete_checkpoint(output_dir) names the newest whole one."
         ) from error
+
+
+def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What :func:`write_tensors` wrote.
+
+    Raises:
+        SafetensorError, KeyError, TypeError, ValueError, UnicodeDecodeError: it is damaged, or something else.
+    """
+    with safe_open(path, framework="pt") as file:
+        info = dict(json.loads((file.metadata() or {})["iada"]))
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    if info.pop("sha256") != digest(tensors, info):
+        raise ValueError("its contents do not match their checksum")
+    return tensors, info
 
 
 def load_state(engine: MetaIADA, path: str | Path) -> None:
@@ -120,18 +134,19 @@ def load_state(engine: MetaIADA, path: str | Path) -> None:
         warnings.warn(f"Meta-IADA resumes with other settings than before: {', '.join(changed)}.")
 
 
-def staged_file(output_dir: str | Path, step: int) -> Path:
+def staged_file(output_dir: str | Path, step: int, name: str = STATE_FILE) -> Path:
     """Where the state of a step waits until the Trainer has written its part of the checkpoint."""
-    return Path(output_dir) / f".iada_state-{step}.safetensors"
+    stem, _, ending = name.partition(".")
+    return Path(output_dir) / f".{stem}-{step}.{ending}"
 
 
-def state_file(checkpoint: str | Path) -> Path:
+def state_file(checkpoint: str | Path, name: str = STATE_FILE) -> Path:
     """The state file of a checkpoint folder: in it, or still staged beside it after a kill in between."""
     checkpoint = Path(checkpoint)
-    inside = checkpoint / STATE_FILE
+    inside = checkpoint / name
     step = checkpoint.name.rpartition("-")[2]
     if not inside.is_file() and step.isdigit():
-        staged = staged_file(checkpoint.parent, int(step))
+        staged = staged_file(checkpoint.parent, int(step), name)
         if staged.is_file():
             return staged
     return inside

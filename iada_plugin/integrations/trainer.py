@@ -213,7 +213,8 @@ class MetaIADACallback(TrainerCallback):
             self._hooks.append(Hook(self._check_run).on(self.engine.model.register_forward_pre_hook, prepend=True))
         try:
             if self.report_dir is not None or self.trusted_rows is not None:
-                self._rows = TrainerRows(self.engine, loader)
+                capture = self.engine.capture
+                self._rows = TrainerRows(self.engine.model, loader, busy=lambda: capture.busy)
             if self.report_dir is not None:
                 self._watch = TrainerReport(self.engine, model, self._rows, self.report_options)
                 self.report = self._watch.report

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..criterion import MetaIADA
 from ..runtime.capture import Hook
 from ..runtime.row_ids import SAMPLE_IDS, number_samples
 
@@ -16,23 +16,24 @@ class TrainerRows:
     """Puts row numbers into the training batches, and takes them out again before the model sees them.
 
     Args:
-        engine: of the run.
+        model: which is trained.
         loader: of the training set; its batches carry row numbers until :meth:`remove`.
+        busy: whether the pass that is being made is none of the Trainer's own.
 
     Attributes:
         number: of rows, 0 where there are none (streamed data).
     """
 
-    def __init__(self, engine: MetaIADA, loader: Any) -> None:
-        self.engine = engine
+    def __init__(self, model: nn.Module, loader: Any, busy: Callable[[], bool] = lambda: False) -> None:
+        self._busy = busy
         numbered = number_samples(loader)
         self.number, self._undo = numbered or (0, None)
         self._ids: Tensor | None = None
         # Before all other hooks on the model, whose forward pass does not know this argument.
-        self._hook = Hook(self._before_model).on(engine.model.register_forward_pre_hook, with_kwargs=True, prepend=True)
+        self._hook = Hook(self._before_model).on(model.register_forward_pre_hook, with_kwargs=True, prepend=True)
 
     def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if module.training and torch.is_grad_enabled() and not self.engine.capture.busy:
+        if module.training and torch.is_grad_enabled() and not self._busy():
             self._ids = kwargs.get(SAMPLE_IDS)
         if SAMPLE_IDS not in kwargs:
             return None

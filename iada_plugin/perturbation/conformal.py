@@ -27,19 +27,22 @@ def conformal_p_values(
     labels: Tensor | None = None,
     groups: str = "pooled",
     weights: Tensor | None = None,
+    least: int = LEAST_OF_A_CLASS,
 ) -> Tensor:
-    """``p_i = (1 + #{trusted k != i: score_k <= score_i}) / (1 + #{trusted k != i})``: ``[R]``, small for a suspect label.
+    """``p_i = (1 + #{trusted k != i: score_k <= score_i}) / (1 + #trusted)``: ``[R]``, small for a suspect label.
 
-    A trusted row is left out of its own reference. Rows without a score (NaN) have p = 1 and are no reference.
+    Trusted rows fall below a level as often as right labels do (within one in so many): were the number of them in the denominator one
+    less for a trusted row, a gate would let go of fewer of these, they would be trained on more, and show too much. Rows without a score (NaN) have p = 1 and are no reference.
 
     Args:
         score: ``[R]`` of every training row; low for a wrong label, such as its mean margin.
         trusted: ``[T]`` numbers of the trusted rows, none twice.
         labels: ``[R]`` class indices, -1 where unknown (p = 1 then, unless pooled); needed for ``groups`` other than "pooled".
         groups: whom a row is compared with: all trusted rows ("pooled"), those of its class ("class"; without any p = 1), or those
-            of its class if they are 10 or more, else all of the classes with fewer ("auto").
+            of its class if they are ``least`` or more, else all of the classes with fewer ("auto").
         weights: ``[R]`` positive; row k counts as ``weights[k]`` instead of 1, in its own p-value too. See
             :func:`class_share_weights`.
+        least: of "auto".
 
     Raises:
         ValueError: ``groups`` is none of the three, or needs labels.
@@ -53,7 +56,7 @@ def conformal_p_values(
     if groups != "pooled":
         assert labels is not None
         known = known & (labels >= 0)
-        group, num_groups = _groups(labels.long().clamp_min(0), trusted, known, groups == "auto")
+        group, num_groups = _groups(labels.long().clamp_min(0), trusted, known, least if groups == "auto" else 0)
     # Within a group the order of scores is that of their ranks among all trusted rows: group and rank make one whole number.
     score = torch.where(known, score, torch.inf)
     span = trusted.shape[0] + 1
@@ -72,22 +75,22 @@ def conformal_p_values(
         below = total[torch.searchsorted(reference, key, right=True)]
     below = (below - (start if group is None else start[group])).to(score.dtype) / _UNIT
     rest = all_of.to(score.dtype) / _UNIT
-    itself = torch.ones_like(score) if weights is None else weights.to(score.dtype).clone()
-    itself.index_fill_(0, trusted, 0)  # counted with the reference
-    p = (itself + below) / (itself + (rest if group is None else rest[group]))
+    own = torch.ones_like(score) if weights is None else weights.to(score.dtype)
+    below = below + own.index_fill(0, trusted, 0)  # a trusted row is in the reference, and counted there
+    p = below / (own + (rest if group is None else rest[group]))
     return torch.where(known, p, 1)
 
 
-def _groups(labels: Tensor, trusted: Tensor, known: Tensor, pool_small: bool) -> tuple[Tensor, int]:
+def _groups(labels: Tensor, trusted: Tensor, known: Tensor, least: int) -> tuple[Tensor, int]:
     """The group ``[R]`` of each row, and how many there may be: its class, or, where that has few trusted rows, one for all such
     classes."""
     num_classes = int(labels.max()) + 1
-    if not pool_small:
+    if not least:
         return labels, num_classes
     count = torch.zeros(num_classes, dtype=torch.long, device=labels.device)
     count.index_add_(0, labels[trusted], known[trusted].long())
     own = torch.arange(num_classes, device=labels.device)
-    return torch.where(count >= LEAST_OF_A_CLASS, own, num_classes)[labels], num_classes + 1
+    return torch.where(count >= least, own, num_classes)[labels], num_classes + 1
 
 
 def class_share_weights(labels: Tensor, trusted: Tensor) -> Tensor:

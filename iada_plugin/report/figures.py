@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..metrics import auroc, precision_recall
+from ..runtime.samples import as_image
 
 try:
     import matplotlib.style
@@ -161,31 +162,19 @@ def finding_wrong_labels(rankings: Mapping[str, np.ndarray], wrong: np.ndarray) 
         rankings: name to ``[S]`` scores, high for suspects.
         wrong: ``[S]``.
     """
-    curves = {f"{k}: AUROC {auroc(v, wrong):.3f}": precision_recall(v, wrong)[::-1] for k, v in rankings.items()}
-    return recall_curves({"": curves}, wrong.mean())
-
-
-def recall_curves(curves: Mapping[str, Mapping[str, tuple[Any, Any]]], chance: float | None = None) -> Figure:
-    """Precision against recall.
-
-    Args:
-        curves: title of each part of the picture to its curves, name to recall and precision.
-        chance: share of positive samples.
-    """
-    figure, axes = _figure(6 * len(curves), 4.2, columns=len(curves))
-    for ax, (title, own) in zip(axes.flat, curves.items(), strict=True):
-        for i, (name, (recall, precision)) in enumerate(own.items()):
-            ax.plot(recall, precision, color=_CYCLE[i % len(_CYCLE)], label=name)
-        if chance is not None:
-            ax.axhline(chance, color=OTHER, ls=":", label=f"chance ({chance:.2f})")
-        ax.set(
-            xlabel="recall: share of the wrong labels found",
-            ylabel="precision: share that is wrong",
-            xlim=(0, 1),
-            ylim=(0, 1.02),
-        )
-        ax.set_title(title, fontsize=9)
-        ax.legend(fontsize=8, frameon=False, loc="lower left")
+    figure, axes = _figure(6, 4.2)
+    ax = axes[0, 0]
+    for i, (name, scores) in enumerate(rankings.items()):
+        precision, recall = precision_recall(scores, wrong)
+        ax.plot(recall, precision, color=_CYCLE[i % len(_CYCLE)], label=f"{name}: AUROC {auroc(scores, wrong):.3f}")
+    ax.axhline(wrong.mean(), color=OTHER, ls=":", label=f"chance ({wrong.mean():.2f})")
+    ax.set(
+        xlabel="recall: share of the wrong labels found",
+        ylabel="precision: share that is wrong",
+        xlim=(0, 1),
+        ylim=(0, 1.02),
+    )
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
     return figure
 
 
@@ -384,34 +373,13 @@ def images(pictures: Sequence[Any], titles: Sequence[str], columns: int = 8) -> 
     figure, axes = _figure(1.15 * columns, (1.1 + 0.16 * lines) * rows, rows, columns)
     for ax in axes.flat:
         ax.axis("off")
+        ax.xaxis.set_visible(False)  # or the layout measures ticks that nobody sees
+        ax.yaxis.set_visible(False)
     for ax, picture, title in zip(axes.flat, pictures, titles, strict=False):
         if picture is not None:
             ax.imshow(as_image(picture), cmap="gray", interpolation="nearest")
         ax.set_title(_plain(title), fontsize=7)
     return figure
-
-
-def as_image(picture: Any) -> np.ndarray:
-    """``[H, W]`` or ``[H, W, 3]`` in 0..1. Two channels become red and green.
-
-    Raises:
-        ValueError: it has another shape.
-    """
-    if hasattr(picture, "convert"):  # PIL: palettes and transparency
-        picture = picture.convert("L" if picture.mode in ("1", "L", "I", "F") else "RGB")
-    values = np.asarray(picture.detach().cpu().float() if hasattr(picture, "detach") else picture, dtype=float)
-    if values.ndim == 3 and values.shape[0] in (1, 2, 3) and values.shape[2] not in (1, 2, 3):
-        values = values.transpose(1, 2, 0)
-    if values.ndim == 3 and values.shape[2] == 1:
-        values = values[:, :, 0]
-    if values.ndim == 3 and values.shape[2] == 2:
-        values = np.concatenate([values, np.full_like(values[:, :, :1], values.min())], axis=2)
-    if values.ndim != 2 and not (values.ndim == 3 and values.shape[2] == 3):
-        raise ValueError(
-            f"an image has the shape {list(values.shape)}: give [H, W], or [C, H, W] or [H, W, C] with one to three channels."
-        )
-    low, high = values.min(), values.max()
-    return (values - low) / (high - low if high > low else 1)
 
 
 def image_rows(columns: Mapping[str, Sequence[Any]], row_titles: Sequence[str] | None = None) -> Figure:

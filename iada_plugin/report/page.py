@@ -5,12 +5,10 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from . import figures
 
 FILE = "report.html"
 TEXTS = {
@@ -19,6 +17,7 @@ TEXTS = {
     "clean_and_wrong": ("Right and wrong labels", "The same for samples whose label is right, and whose label is known to be wrong. The further apart, the better epsilon tells them from each other."),
     "finding": ("Finding wrong labels", "Taking the samples with the highest suspicion, the lowest epsilon or the highest loss for wrong: precision against recall over all cut-offs."),
     "suspects": ("Suspect labels", "Samples that training lets go (low epsilon) and whose label the model contradicts, over the last epochs. Look at them before you change them: rare and hard samples look the same. Above each picture: row number, label, and what the model says. All samples are in samples.csv."),
+    "wrong_labels": ("Wrong labels", "A list of which at most a tenth is right, on average, told by the trusted rows; on its page one can tick what one has looked at."),
     "drivers": ("What drives epsilon", "Left: how strongly each training characteristic moves epsilon (mean size of gradient x input over samples). Right: mean epsilon over samples when one characteristic is set to a value and the others stay as they are."),
     "spectra": ("Class covariances", "Eigenvalues of the feature covariance of classes (samples in brackets), largest first. A steep line: the class varies in few directions. Of a class with few samples the small ones are not known."),
     "confusion": ("Confusion matrices", "Rows are true classes, columns predictions, in percent of the row. In a Trainer's report \"warm-up\" is the last evaluation of the warm-up and \"Meta-IADA\" the last one of all: two moments of one run."),
@@ -56,15 +55,21 @@ class Page:
         rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in values.items())
         self.parts.append(f'<table id="facts">{rows}</table>')
 
-    def section(self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None, note: str = "") -> None:
-        """A section with its picture, a table (columns by name), and a note that goes first."""
+    def section(
+        self, key: str, figure: Any, cells: dict[str, list[Any]] | None = None, note: str = "", link: str = ""
+    ) -> None:
+        """A section with its picture, a table (columns by name), a note that goes first, and a link to another page."""
         title, text = TEXTS[key]
         self.links.append(f'<a href="#{key}">{title}</a>')
         parts = [f'<section id="{key}"><h2>{title}</h2><p>{text}</p>']
         if note:
             parts.append(f"<p><strong>{html.escape(note)}</strong></p>")
+        if link:
+            parts.append(f'<p><a href="{html.escape(link)}">{html.escape(link)}</a></p>')
         if figure is not None:
             buffer = io.BytesIO()
+            figure.get_layout_engine().execute(figure)  # savefig would draw everything twice for it
+            figure.set_layout_engine(None)
             figure.savefig(buffer, format="png")
             self.files[f"{key}.png"] = buffer.getvalue()
             data = base64.b64encode(buffer.getvalue()).decode()
@@ -94,25 +99,3 @@ class Page:
                 (self.folder / f"{key}.png").unlink(missing_ok=True)
         for name, content in {**self.files, FILE: page.encode(errors="replace")}.items():
             (self.folder / name).write_bytes(content)
-
-
-def content_of(samples: Any, index: Any) -> Any:
-    """The image ``[H, W]`` or ``[H, W, 3]``, or the text, of a sample.
-
-    Raises:
-        ValueError: there is none, or it cannot be shown.
-    """
-    try:
-        row = samples[index] if hasattr(samples, "__getitem__") else samples(index)
-    except (LookupError, TypeError) as error:
-        raise ValueError(
-            f"samples[{index!r}] cannot be had ({type(error).__name__}: {error}): samples must give an image or a text for a row"
-            " number, as a list, a data set or a function does."
-        ) from error
-    if isinstance(row, Mapping):
-        pictures = [v for v in row.values() if hasattr(v, "convert") or getattr(v, "ndim", 0) >= 2]
-        texts = sorted((v for v in row.values() if isinstance(v, str)), key=len)  # the longest is no key or name
-        row = pictures[0] if pictures else texts[-1] if texts else str(dict(row))
-    elif isinstance(row, (tuple, list)):
-        row = row[0]
-    return row if isinstance(row, str) else figures.as_image(row)

@@ -9,17 +9,21 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .. import metrics
 from ..perturbation.network import PerturbationNetwork
 from ..runtime.processes import rank
+from ..runtime.samples import content_of
+from ..wrong_labels import WrongLabels
+from ..wrong_labels.margins import judge_histories
 from . import figures
 from .analysis import eigenvalues, explain
-from .page import FILE, Page, content_of
+from .page import FILE, Page
 from .recorder import MAX_ID, Recorder
 
 #: Rows of the list of suspects in the HTML page; the CSV has all of them.
@@ -194,18 +198,46 @@ class Report:
             members = dict(zip(names, values.astype(bool).T, strict=True))
         self.evaluations[name] = Evaluation(predictions, labels, members)
 
-    def suspects(self, n: int | None = None) -> list[Suspect]:
-        """Samples in the order of suspicion of their labels, ties by loss.
+    @overload
+    def suspects(self, n: int | None = None) -> list[Suspect]: ...
+
+    @overload
+    def suspects(self, n: None = None, *, false_alarms: float, **options: Any) -> WrongLabels: ...
+
+    def suspects(
+        self, n: int | None = None, *, false_alarms: float | None = None, **options: Any
+    ) -> list[Suspect] | WrongLabels:
+        """Samples in the order of suspicion of their labels, ties by loss; or a list with a bounded share of false alarms.
 
         Args:
             n: how many; all by default.
+            false_alarms: level of the list, for a run with trusted rows: the labels are judged by the margins of the whole run. (What
+                the gate does to a row does it to trusted rows, too.)
+            **options: of :func:`iada_plugin.find_wrong_labels`.
 
         Raises:
-            RuntimeError: nothing was trained after the warm-up, or the batches had no ids.
+            RuntimeError: nothing was trained after the warm-up, or the batches had no ids; with ``false_alarms``: the run has no
+                trusted rows, or not all rows were trained.
+            ValueError: an option that does not fit.
         """
-        table = self._table(self._merged())
+        recorder = self._merged()
+        if false_alarms is not None:
+            return self._wrong_labels(
+                recorder, {"false_alarms": false_alarms, "class_names": self.class_names, **options}
+            )
+        table = self._table(recorder)
         rows = [table[field].tolist() for field in Suspect._fields]
         return [Suspect(*row) for row in zip(*rows, strict=True)][:n]
+
+    def _wrong_labels(self, recorder: Recorder, options: dict[str, Any]) -> WrongLabels:
+        reference = self._now().reference
+        if reference is None:
+            raise RuntimeError(
+                "false_alarms= needs trusted rows, whose margins show what a right label looks like: give MetaIADA(trusted_rows=...)."
+            )
+        table, other = recorder.samples(), reference.histories.label.clone()
+        other[torch.from_numpy(table["id"])] = torch.from_numpy(table["predicted"]).to(other)
+        return judge_histories(reference.histories, other, reference.rows, **options)
 
     @property
     def empty(self) -> bool:
@@ -269,7 +301,8 @@ class Report:
     # --------------------------------------------------------------------------------------------------------- writing
 
     def write(self, folder: str | Path) -> Path:
-        """Write ``report.html`` (self-contained), its pictures as PNGs, and ``samples.csv``, the most suspect sample first.
+        """Write ``report.html`` (self-contained), its pictures as PNGs, and ``samples.csv``, the most suspect sample first. Of a run
+        with trusted rows also ``wrong_labels.html`` and ``wrong_labels.csv``, see :meth:`WrongLabels.write`.
 
         Returns:
             Path of the page.
@@ -327,7 +360,20 @@ class Report:
         if recorder.seconds:
             page.section("step_time", figures.step_seconds(recorder.seconds))
         self._write_csv(page, rows if table is None else table)
+        if now.reference is not None and table is not None:
+            self._write_wrong_labels(page, recorder)
         page.finish()
+
+    def _write_wrong_labels(self, page: Page, recorder: Recorder) -> None:
+        try:
+            found = self._wrong_labels(recorder, {"class_names": self.class_names})
+        except (RuntimeError, ValueError) as error:  # rows that were not trained, or too few trusted ones
+            page.section("wrong_labels", None, note=str(error))
+            return
+        path = found.write(
+            page.folder, samples=None if self.samples is None else lambda row: _content_or_none(self.samples, row)
+        )
+        page.section("wrong_labels", None, note=f"{found}.", link=path.name)
 
     def _write_suspects(self, page: Page, table: dict[str, np.ndarray]) -> None:
         shown = {k: v[:_SHOWN].tolist() for k, v in table.items()}
@@ -403,6 +449,7 @@ class _Kept(NamedTuple):
     characteristics: list[str]
     eigenvalues: dict[int, np.ndarray]
     facts: dict[str, str]
+    reference: Any  # the trusted rows' TrustedReference, or None
 
     @classmethod
     def of(cls, iada: Any) -> _Kept:
@@ -421,5 +468,5 @@ class _Kept(NamedTuple):
         }
         return cls(
             copy.deepcopy(iada.learner.perturbation).cpu(), names,
-            {c: values for c, values in spectra.items() if len(values)}, facts,
+            {c: values for c, values in spectra.items() if len(values)}, facts, iada.reference,
         )  # fmt: skip

@@ -104,6 +104,7 @@ def test_logits_cost(monkeypatch, tmp_path, capsys):
 def steps(tmp_path_factory):
     path = tmp_path_factory.mktemp("cost") / "out.json"
     patch = pytest.MonkeyPatch()
+    patch.setattr(step_cost, "RECORDED", 4)
     patch.setattr(
         sys, "argv", ["step_cost.py", "--size", "tiny", "--repetitions", "1", "--pretrain", "20", "--json", str(path)]
     )

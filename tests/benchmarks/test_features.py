@@ -17,7 +17,7 @@ from iada_plugin.data.civilcomments import IDENTITIES, synthetic_civilcomments
 def cifar(monkeypatch):
     y = torch.arange(4000) % 10
     x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)) + 3 * torch.nn.functional.one_hot(y, 16)
-    monkeypatch.setattr(features, "_cifar", lambda data: (x, y, x[:500], y[:500]))
+    monkeypatch.setattr(features, "cifar", lambda data: (x, y, x[:500], y[:500]))
     monkeypatch.setattr(features, "VALIDATION", 50)
 
 

@@ -1,101 +1,81 @@
-"""The search for wrong labels that docs/report.md quotes."""
+"""The comparison of wrong-label lists that docs/wrong_labels.md quotes."""
 
-import json
 import sys
-import types
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import suspects
 import torch
-from torch import nn
+from torch.nn import functional as F
+
+from iada_plugin.wrong_labels import out_of_sample
 
 
-def test_suspects_benchmark(tmp_path, monkeypatch, capsys):
-    """On digits, as where cleanlab is not installed: rankings, table and picture."""
-    monkeypatch.setattr(suspects.importlib.util, "find_spec", lambda name: None)
-    # Networks of the folds are the next tests': here they know the true label.
-    monkeypatch.setattr(suspects, "out_of_sample", lambda scenario, *_: np.eye(10)[scenario.train.clean] * 0.8 + 0.02)
-    path = tmp_path / "suspects.json"
-    monkeypatch.setattr(sys, "argv", ["suspects.py", "--size", "tiny", "--json", str(path), "--report", str(tmp_path)])
+def blobs(data, rng):
+    truth = torch.from_numpy(rng.integers(0, 3, 500))
+    x = torch.from_numpy(rng.normal(size=(500, 8))).float() + 3 * F.one_hot(truth, 8)
+    mistaken = torch.from_numpy(rng.random(500) < 0.3)
+    return suspects.Labels(x, torch.where(mistaken, (truth + 1) % 3, truth), truth)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    monkeypatch.setattr(suspects, "CELLS", {"worst": suspects.Cell("blobs", blobs)})
+    monkeypatch.setattr(suspects, "TRUSTED", (50, 200))
+    monkeypatch.setattr(suspects, "EPOCHS", 4)
+    monkeypatch.setattr(out_of_sample, "_PENALTIES", (1e-2,))
+    monkeypatch.setattr(
+        sys, "argv", ["suspects.py", "--data", str(tmp_path), "--seeds", "2", "--results", str(tmp_path / "s.jsonl")]
+    )
+    return tmp_path
+
+
+def test_the_benchmark(small, capsys):
     suspects.main()
-    rows = {r["ranking"]: r for r in json.loads(path.read_text())["rows"]}
-    assert len(rows) == 9 and (tmp_path / "flip1" / "report.html").is_file()
-    best = rows["Meta-IADA, suspects()"]
-    assert best["auroc"] > 0.95 and best["auroc"] > rows["loss of cross-entropy"]["auroc"]
-    assert rows["cleanlab, normalized margin"]["auroc"] == rows["cleanlab, self confidence + meta set"]["auroc"] == 1
-    assert best["recall"][-1] == 1 and len(best["precision"]) == 50
-    assert f"{100 * best['auroc']:.1f}" in capsys.readouterr().out
-    assert path.with_suffix(".png").stat().st_size > 10_000
+    runs = suspects.read(small / "s.jsonl")
+    assert [(r["cell"], r["seed"]) for r in runs] == [("worst", 0), ("worst", 1)]
+    for r in runs:
+        assert r["ours"]["200"]["out of sample"]["auroc"] > 0.95
+        assert len(r["rivals"]) >= 3 and set(r["bent"]) >= {"only of five classes", "only the 70 % that look clearest"}
+        lists = r["ours"]["200"]["out of sample"]["lists"]
+        assert lists["0.05"]["rows"] <= lists["0.1"]["rows"] <= lists["0.1 adaptive"]["rows"]
+    said = capsys.readouterr().out
+    assert "blobs" in said and (small / "s.png").stat().st_size > 10_000
+    suspects.main()  # nothing is run again
+    assert "[1/2]" not in capsys.readouterr().out
+    assert "ours, out of sample" in suspects.summary(runs)
 
 
-def test_label_quality_by_hand():
+def test_measures_by_hand():
+    wrong = np.array([True, True, False, True, False, False])
+    scores = np.array([6.0, 5, 4, 3, 2, 1])
+    assert suspects.listing(np.array([True, True, True, False, False, False]), wrong) == {
+        "rows": 3,
+        "false_alarms": 0.3333,
+        "power": 0.6667,
+    }
+    assert suspects.listing(np.zeros(6, dtype=bool), wrong)["false_alarms"] == 0
+    assert suspects.ranking(scores, wrong) == {
+        "auroc": round(8 / 9, 4),
+        "average_precision": round((1 + 1 + 3 / 4) / 3, 4),
+    }
+    assert suspects.power_at(scores, wrong, 0.25) == 1 and suspects.power_at(scores, wrong, 0.2) == 0.6667
+    assert suspects.power_at(-scores, wrong, 0.2) == 0
+
+
+def test_trusted_rows_are_right_and_noise_is_what_it_says():
     rng = np.random.default_rng(0)
-    y, p = rng.integers(0, 4, 30), rng.dirichlet(np.ones(4), 30)
-    found = suspects.label_quality(y, p)
-    for i in range(30):
-        others = [p[i, j] for j in range(4) if j != y[i]]
-        assert found["self confidence"][i] == pytest.approx(p[i, y[i]])
-        assert found["normalized margin"][i] == pytest.approx((p[i, y[i]] - max(others) + 1) / 2)
-
-
-def test_the_cut_is_cleanlabs(monkeypatch):
-    """Its rows, of these labels and probabilities, wherever it is installed."""
-    y, p = np.array([0, 1, 1]), np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9]])
-
-    def find_label_issues(labels, pred_probs, return_indices_ranked_by, n_jobs):
-        assert return_indices_ranked_by == "self_confidence"
-        return np.flatnonzero(pred_probs.argmax(axis=1) != labels)
-
-    monkeypatch.setitem(sys.modules, "cleanlab", types.ModuleType("cleanlab"))
-    monkeypatch.setitem(sys.modules, "cleanlab.filter", types.SimpleNamespace(find_label_issues=find_label_issues))
-    monkeypatch.setattr(suspects.importlib.util, "find_spec", lambda name: name)
-    assert suspects.cleanlab_issues(y, p).tolist() == [1]
-    wrong = np.array([False, True, True])
-    measured = suspects.measured(-p[range(3), y], wrong, suspects.cleanlab_issues(y, p))
-    assert (measured["flagged"], measured["flagged_precision"], measured["flagged_recall"]) == (1, 1.0, 0.5)
-    monkeypatch.setattr(suspects.importlib.util, "find_spec", lambda name: None)
-    assert suspects.cleanlab_issues(y, p) is None
-
-
-class Memory(nn.Module):
-    """Says of each image whether this network was ever trained on it: class 1 for yes, 0 for no, and how bright it is."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc, self.seen = nn.Linear(1, 10), set()
-
-    def forward(self, x):
-        images = [image.numpy().tobytes() for image in x]
-        if self.training:
-            self.seen.update(images)
-            return self.fc(x.mean(dim=(1, 2, 3))[:, None])
-        logits = torch.zeros(len(x), 10)
-        logits[range(len(x)), [int(image in self.seen) for image in images]] = 9
-        logits[:, 2] = x.mean(dim=(1, 2, 3))
-        return logits
-
-
-@pytest.mark.parametrize("add_meta", [False, True])
-def test_probabilities_are_out_of_sample(add_meta):
-    """Each sample's come from a network that was trained on most others, but not on it."""
-    scenario, settings = suspects.build(suspects.TASKS["tiny"]["flip1"], None, 0)
-    made = []
-
-    def network(name):
-        made.append(Memory())
-        return made[-1]
-
-    scenario = replace(scenario, augment=None, network=network)  # an image that was shifted is another one
-    train = scenario.train
-    found = suspects.out_of_sample(scenario, replace(settings, epochs=1), 0, "cpu", add_meta)
-    assert found.shape == (len(train), 10) and abs(found.sum(1) - 1).max() < 1e-5
-    assert (found.argmax(1) == 0).all(), f"{(found.argmax(1) == 1).sum()} were scored by a network that had seen them"
-    brightness = np.log(found[:, 2] / found[:, 3])  # of the row itself, not of another
-    assert brightness == pytest.approx(train.x.mean(dim=(1, 2, 3)).numpy(), abs=1e-4)
-    everything = {image.numpy().tobytes() for image in train.x}
-    extra = len(scenario.meta) if add_meta else 0
-    assert len(made) == 3 and set.union(*(m.seen for m in made)) >= everything
-    for model in made:
-        assert len(model.seen) == pytest.approx(len(everything) * 2 / 3 + extra, abs=1)
+    data = blobs(None, rng)
+    assert not data.wrong[suspects.fair(data, 100, rng)].any()
+    y, x = torch.arange(10).repeat(600), torch.randn(6000, 30)
+    rows = np.arange(400)
+    for noise, rate in (("uniform", 0.4), ("flip", 0.4), ("instance", 0.3)):
+        noisy = suspects.noisy_images(None, noise, rate, x, y, rows, np.random.default_rng(0))
+        share = (noisy != y[:400]).float().mean()
+        assert abs(share - rate * (0.9 if noise == "uniform" else 1)) < 0.08
+    pairs = {
+        (int(a), int(b))
+        for a, b in zip(y[:400], suspects.noisy_images(None, "flip", 0.4, x, y, rows, rng), strict=True)
+        if a != b
+    }
+    assert len(pairs) == 10 and len({b for _, b in pairs}) == 10

@@ -1,5 +1,6 @@
 """Runs that are killed and taken up again end where the uninterrupted one does, bit for bit (on a CPU)."""
 
+import contextlib
 import os
 import random
 import signal
@@ -9,10 +10,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import killable
 import pytest
 import torch
 from killable import EVERY, FINAL, STEPS, images
 from models import ConvNet
+from processes import started
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -34,20 +37,16 @@ def run(kind, folder, line=None, delay=0.0):
     Returns:
         The step it went on from, that of its last whole checkpoint, and that of the last one it began to write.
     """
-    root, given = str(SCRIPT.parents[1]), os.environ.get("PYTHONPATH")
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{given}" if given else root}
-    command = [sys.executable, str(SCRIPT), kind, str(folder)]
     folder.mkdir(exist_ok=True)
-    said = {}
-    with (
-        open(folder / "errors", "w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process,
-    ):
-        for text in process.stdout:
-            word, _, number = text.strip().partition(" ")
-            if word not in ("resumes", "step", "saving", "saved"):
+    said, problem = {}, ""
+    process, receiver = started(killable.heard, kind, str(folder))
+    with contextlib.suppress(EOFError):
+        while True:
+            word, number = receiver.recv()
+            if word == "error":
+                problem = number
                 continue
-            now, number = time.perf_counter(), int(number)
+            now = time.perf_counter()
             if f"{word} {number}" == line:
                 if word == "step":
                     span = now - said.get(("step", number - 1), now)
@@ -56,8 +55,8 @@ def run(kind, folder, line=None, delay=0.0):
                 time.sleep(delay * (span or 0.01))
                 process.kill()
             said[word, number] = now
-    errors = (folder / "errors").read_text()
-    assert process.returncode == (-signal.SIGKILL if line else 0), f"{list(said)[-2:]}: {errors[-3000:]}"
+    process.join()
+    assert process.exitcode == (-signal.SIGKILL if line else 0), f"{list(said)[-2:]}: {problem[-3000:]}"
     began, saved, saving = (
         max((n for w, n in said if w in words), default=0)
         for words in (["resumes"], ["resumes", "saved"], ["resumes", "saving"])

@@ -18,19 +18,17 @@ def by_definition(score, trusted, groups=None, weights=None):
     found = []
     for i, s in enumerate(score):
         w = [1.0] * len(score) if weights is None else weights
-        others = [
-            k for k in trusted if k != i and not np.isnan(score[k]) and (groups is None or groups[k] == groups[i])
-        ]
-        below = sum(w[k] for k in others if score[k] <= s)
-        found.append(1.0 if np.isnan(s) else (w[i] + below) / (w[i] + sum(w[k] for k in others)))
+        reference = [k for k in trusted if not np.isnan(score[k]) and (groups is None or groups[k] == groups[i])]
+        below = sum(w[k] for k in reference if k != i and score[k] <= s)
+        found.append(1.0 if np.isnan(s) else (w[i] + below) / (w[i] + sum(w[k] for k in reference)))
     return torch.tensor(found, dtype=torch.float32)
 
 
 def test_by_hand():
     score = torch.tensor([1.0, 2.0, 3.0, 0.5, 2.0, 9.0, torch.nan])
     found = conformal_p_values(score, torch.tensor([0, 1, 2]))
-    # Trusted: 1, 2, 3, each against the two others. Then 0.5, 2 and 9 against all three; no score.
-    torch.testing.assert_close(found, torch.tensor([1 / 3, 2 / 3, 1, 1 / 4, 3 / 4, 1, 1]))
+    # Trusted: 1, 2, 3, each one of those that are no better than itself. Then 0.5, 2 and 9; no score.
+    torch.testing.assert_close(found, torch.tensor([1 / 4, 2 / 4, 3 / 4, 1 / 4, 3 / 4, 1, 1]))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -60,7 +58,7 @@ def test_a_class_without_trusted_rows_and_unknown_labels_are_not_suspect():
     found = conformal_p_values(
         torch.tensor([5.0, -9.0, -9.0]), torch.tensor([0]), labels=torch.tensor([0, 1, -1]), groups="class"
     )
-    assert found.tolist() == [1, 1, 1]
+    assert found.tolist() == [0.5, 1, 1]
 
 
 def test_uniform_where_rows_are_exchangeable():
@@ -71,7 +69,8 @@ def test_uniform_where_rows_are_exchangeable():
         others.append(float(p[19]))
         own.append(float(p[7]))
     for found, n in ((others, 20), (own, 19)):  # on a grid of n values, each as probable
-        counts = np.bincount(np.round(np.array(found) * n).astype(int), minlength=n + 1)[1:]
+        counts = np.bincount(np.round(np.array(found) * 20).astype(int), minlength=21)[1 : n + 1]
+        assert counts.sum() == 2000
         assert scipy.stats.chisquare(counts).pvalue > 1e-3
     smooth = np.array(others) - np.random.default_rng(0).random(len(others)) / 20
     assert scipy.stats.kstest(smooth, "uniform").pvalue > 1e-3

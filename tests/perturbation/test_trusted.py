@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from iada_plugin.perturbation.histories import Histories
-from iada_plugin.perturbation.trusted import GATES, HardGate
+from iada_plugin.perturbation.trusted import GATES, HardGate, LocalFdrGate
 
 NAMES = list(GATES)
 
@@ -104,3 +104,25 @@ def test_the_hard_gate_waits_for_no_device():
 def test_bad_settings(name, options, message):
     with pytest.raises(ValueError, match=message):
         GATES[name](**options)
+
+
+@pytest.mark.parametrize("per_class", [10, 12, 50])
+@pytest.mark.parametrize("gate", [HardGate, LocalFdrGate])
+def test_trusted_rows_are_let_go_as_often_as_right_labels(gate, per_class):
+    """Or they would be trained on more than these, and show margins that right labels do not have."""
+    shares = []
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        labels = torch.arange(4000) % 4
+        mistaken = torch.rand(4000, generator=draw) < 0.4
+        mistaken[: 4 * per_class] = False
+        histories = Histories(4000, device="cpu")
+        histories.margin.copy_(torch.randn(4000, generator=draw) - 6 * mistaken)
+        histories.visits.fill_(3)
+        histories.label.copy_(labels)
+        trusted = torch.arange(4 * per_class)
+        let_go = gate(0.2, groups="auto").refresh(histories, trusted) == 0
+        assert let_go[mistaken].float().mean() > 0.95
+        shares.append((let_go[trusted].float().mean(), let_go[~mistaken][len(trusted) :].float().mean()))
+    ours, right = torch.tensor(shares).mean(dim=0).tolist()
+    assert 0.14 < right < 0.22 and ours == pytest.approx(right, abs=0.03)

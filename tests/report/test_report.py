@@ -547,6 +547,12 @@ def watched(folder, **options):
     return MetaIADACallback(dataset(8, seed=7), IADAConfig(warmup_epochs=1), report_dir=folder / "report", **options)
 
 
+@pytest.fixture
+def no_page(monkeypatch):
+    """For tests that look at what was collected: drawing the page takes longer than the training."""
+    monkeypatch.setattr(Report, "write", lambda self, folder: Path(folder) / "report.html")
+
+
 def labels_of_rows(train):
     return {i: row["labels"] for i, row in enumerate(train)}
 
@@ -576,7 +582,7 @@ def test_the_trainer_tells_samples_by_row(tmp_path, options):
     assert "sample_ids" not in next(iter(loader))
 
 
-def test_the_same_training_with_a_report(tmp_path):
+def test_the_same_training_with_a_report(tmp_path, no_page):
     found = []
     for report in (True, False):
         ours = watched(tmp_path) if report else MetaIADACallback(dataset(8, seed=7), IADAConfig(warmup_epochs=1))
@@ -586,7 +592,7 @@ def test_the_same_training_with_a_report(tmp_path):
     assert all(torch.equal(found[0][k], found[1][k]) for k in found[0])
 
 
-def test_own_ids_and_a_resumed_run(tmp_path):
+def test_own_ids_and_a_resumed_run(tmp_path, no_page):
     """A "sample_ids" column that reaches the model is taken as it is; the report of a resumed run is that of the whole run."""
     rows = dataset(32).add_column("sample_ids", [100 + i for i in range(32)])
     found = []
@@ -610,7 +616,7 @@ def test_own_ids_and_a_resumed_run(tmp_path):
     assert len(two.rows()["f"]) == len(one.rows()["f"]) == 32 + 16
 
 
-def test_a_checkpoint_without_what_was_seen(tmp_path):
+def test_a_checkpoint_without_what_was_seen(tmp_path, no_page):
     """It says since when the report is, and a state of another classifier is refused."""
     t = trainer(tmp_path, watched(tmp_path), save_strategy="steps", save_steps=5, max_steps=8)
     t.train()
@@ -701,7 +707,7 @@ class Curriculum(TrainerCallback):
         train_dataloader.dataset.seen.pop()
 
 
-def test_the_users_data_set_is_still_theirs(tmp_path):
+def test_the_users_data_set_is_still_theirs(tmp_path, no_page):
     rows, meta = Rows(), dataset(8, seed=7)
     ours = MetaIADACallback(meta, IADAConfig(warmup_epochs=1), report_dir=tmp_path / "report", class_counts=[16, 16])
     t = Trainer(model=distilbert(), args=arguments(tmp_path, max_steps=12), train_dataset=rows, data_collator=_collate,
@@ -761,7 +767,7 @@ class Broken(Rows):
         return self.rows[i] if i < 16 else 1 / 0
 
 
-def test_only_evaluations_are_evaluations(tmp_path):
+def test_only_evaluations_are_evaluations(tmp_path, no_page):
     ours, other = watched(tmp_path), LookingElsewhere()
     rows = dataset(20, seed=3).remove_columns("labels").add_column("labels", [-100] * 4 + [0, 1] * 8)
     options = {"eval_strategy": "steps", "eval_steps": 4, "per_device_eval_batch_size": 8}
@@ -771,7 +777,7 @@ def test_only_evaluations_are_evaluations(tmp_path):
     assert {k: len(e.labels) for k, e in ours.report.evaluations.items()} == {"warm-up": 16, "Meta-IADA": 16}
 
 
-def test_a_damaged_or_other_state_starts_the_report_anew(tmp_path):
+def test_a_damaged_or_other_state_starts_the_report_anew(tmp_path, no_page):
     trainer(tmp_path, watched(tmp_path), save_strategy="steps", save_steps=5).train()
     file = tmp_path / "checkpoint-5" / "iada_report-0.pt"
     whole = file.read_bytes()

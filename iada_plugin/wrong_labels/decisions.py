@@ -1,0 +1,59 @@
+"""What a person has decided on the page, and rows to check, as CSV files."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.meta import as_labels
+from ..data.trusted import check_trusted_rows
+
+
+def with_decisions(labels: Any, trusted_rows: Any, decisions: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """Take in the CSV that the page exports: labels found wrong are corrected, and all rows that were looked at are trusted.
+
+    To train on, that is the best there is. Of a further list the promise stays: looked-at rows that were right have small margins, so
+    that right labels look better against them. (Rows whose label was corrected look like any other.)
+
+    Args:
+        labels: ``[R]`` as they were when the list was made.
+        trusted_rows: ``[T]`` row numbers or ``[R]`` bool, as then.
+        decisions: path of the CSV: columns row, label, decision (right or wrong), new_label.
+
+    Returns:
+        Labels ``[R]`` and trusted row numbers.
+
+    Raises:
+        ValueError: columns or values that do not fit, or a row that has another label now than it had on the page.
+    """
+    found = as_labels(labels).copy()
+    trusted = set(check_trusted_rows(trusted_rows, len(found)).tolist())
+    with open(decisions, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        if missing := {"row", "label", "decision", "new_label"} - set(reader.fieldnames or ()):
+            raise ValueError(
+                f"{decisions} has no column {', '.join(sorted(missing))}: pass the CSV that the page exports."
+            )
+        for number, line in enumerate(reader, start=2):
+            try:
+                row, label, new = (int(line[k]) for k in ("row", "label", "new_label"))
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{decisions}, line {number}: row, label and new_label must be whole numbers."
+                ) from None
+            if not 0 <= row < len(found):
+                raise ValueError(f"{decisions}, line {number}: row {row} is not in 0..{len(found) - 1}.")
+            if line["decision"] not in ("right", "wrong") or new < 0 or (line["decision"] == "right") != (new == label):
+                raise ValueError(f"{decisions}, line {number}: {line['decision']!r} with the label {label} and the new label {new}: pass"
+                                 " 'right' with the same label, or 'wrong' with another one.")  # fmt: skip
+            if found[row] not in (label, new):
+                raise ValueError(
+                    f"{decisions}, line {number}: row {row} had the label {label} on the page and has {found[row]} here: these decisions"
+                    " are of other data, or of another order of the rows."
+                )
+            found[row] = new
+            trusted.add(row)
+    return found, np.array(sorted(trusted))

@@ -1,0 +1,184 @@
+"""The command, on small tables and folders."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from iada_plugin.wrong_labels import embed
+from iada_plugin.wrong_labels.command import main
+
+WORDS = {"sport": ["goal", "match", "team", "league"], "money": ["bank", "stock", "price", "loan"]}
+
+
+@pytest.fixture
+def table(tmp_path):
+    """News of two kinds, of which a sixth has the other label; 60 rows are trusted."""
+    draw = np.random.default_rng(0)
+    rows, wrong = [], []
+    for k in range(240):
+        kind = "sport" if k % 2 else "money"
+        mistaken = k >= 60 and draw.random() < 0.2
+        text = " ".join([*draw.choice(WORDS[kind], 4), *draw.choice(["the", "of", "day", "new"], 3)])
+        rows.append(
+            {
+                "text": text,
+                "kind": {"sport": "money", "money": "sport"}[kind] if mistaken else kind,
+                "checked": int(k < 60),
+            }
+        )
+        wrong += [k] if mistaken else []
+    path = tmp_path / "news.csv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, ["text", "kind", "checked"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path, wrong
+
+
+def run(*arguments):
+    return main([str(a) for a in arguments])
+
+
+def listed(folder):
+    with open(folder / "wrong_labels.csv") as file:
+        return [int(r["row"]) for r in csv.DictReader(file) if int(r["listed"])]
+
+
+def test_texts_of_a_table(table, tmp_path, capsys):
+    path, wrong = table
+    assert (
+        run(
+            "audit",
+            path,
+            "--text",
+            "text",
+            "--label",
+            "kind",
+            "--trusted",
+            "checked",
+            "--model",
+            "tfidf",
+            "--output",
+            tmp_path / "out",
+        )
+        == 0
+    )
+    found = listed(tmp_path / "out")
+    assert len(set(found) & set(wrong)) >= 0.8 * len(wrong) and len(set(found) - set(wrong)) <= 8
+    assert "sport -> money" in capsys.readouterr().out
+    page = (tmp_path / "out" / "wrong_labels.html").read_text()
+    assert "goal" in page and '"names": ["money", "sport"]' in page
+    # what a person decides comes back
+    first = found[0]
+    with open(tmp_path / "out" / "wrong_labels.csv") as file:
+        label = next(int(r["label"]) for r in csv.DictReader(file) if int(r["row"]) == first)
+    (tmp_path / "decisions.csv").write_text(f"row,label,decision,new_label\n{first},{label},wrong,{1 - label}\n")
+    assert run("audit", path, "--text", "text", "--label", "kind", "--trusted", "checked", "--model", "tfidf", "--output", tmp_path / "two",
+               "--decisions", tmp_path / "decisions.csv") == 0  # fmt: skip
+    assert first not in listed(tmp_path / "two")
+
+
+def test_rows_are_drawn_checked_and_trusted(table, tmp_path, capsys):
+    path, wrong = table
+    drawn = tmp_path / "to_check.csv"
+    assert run("draw", path, "--text", "text", "--label", "kind", "--rows", 80, "--output", drawn) == 0
+    with open(drawn) as file:
+        rows = list(csv.DictReader(file))
+    assert (
+        len(rows) == 80 and len({r["row"] for r in rows}) == 80 and set(rows[0]) == {"row", "text", "kind", "trusted"}
+    )
+    again = run("draw", path, "--label", "kind", "--output", drawn)
+    assert again == 2 and "is there already" in capsys.readouterr().err
+    with open(drawn, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**r, "trusted": int(int(r["row"]) not in wrong)} for r in rows)
+    assert (
+        run(
+            "audit",
+            path,
+            "--text",
+            "text",
+            "--label",
+            "kind",
+            "--trusted",
+            drawn,
+            "--model",
+            "tfidf",
+            "--output",
+            tmp_path / "out",
+        )
+        == 0
+    )
+    assert len(listed(tmp_path / "out")) > 10
+
+
+def test_images_in_folders(tmp_path):
+    draw = np.random.default_rng(0)
+    trusted = []
+    for k in range(160):
+        dark, mistaken = k % 2, k >= 80 and draw.random() < 0.25
+        folder = tmp_path / "images" / ("dark" if dark != mistaken else "light")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 90, (8, 8, 3)) + (0 if dark else 120)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{k}.png")
+        trusted += [f"{folder.name}/{k}.png"] if k < 80 else []
+    (tmp_path / "right.txt").write_text("\n".join(trusted))
+    options = ("audit", "--images", tmp_path / "images", "--model", "pixels", "--output", tmp_path / "out")
+    assert run(*options, "--trusted", tmp_path / "right.txt") == 0
+    assert len(listed(tmp_path / "out")) > 5
+    assert "data:image/png" in (tmp_path / "out" / "wrong_labels.html").read_text()
+    assert run(*options) == 2
+    (tmp_path / "right.txt").write_text("dark/nothing.png")
+    assert run(*options, "--trusted", tmp_path / "right.txt") == 2
+
+
+def test_a_timm_model_with_weights_in_a_file(tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("resnet10t", num_classes=3)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    pictures = [np.full((40, 40, 3), 30 * k, dtype=np.uint8) for k in range(3)]
+    found = embed.embed_images(pictures, f"resnet10t:{tmp_path / 'weights.pth'}")
+    assert found.shape == (3, model.num_features) and not torch.equal(found[0], found[1])
+
+
+def test_a_transformer_embeds_texts(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=13, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    texts = ["a b c d e f", "a", "a b"]
+    found = embed.embed_texts(texts, str(tmp_path), batch_size=2)
+    assert found.shape == (3, 8)
+    torch.testing.assert_close(found[1], embed.embed_texts(["a"], str(tmp_path))[0])  # padding has no part in it
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["audit", "CSV"], "name the columns of the CSV"),
+        (["audit", "CSV", "--text", "text", "--label", "kind"], "no row is trusted"),
+        (["audit", "CSV", "--text", "body", "--label", "kind", "--trusted", "checked"], "has no column body; it has text, kind, checked"),
+        (["audit", "nothing.csv", "--text", "text", "--label", "kind", "--trusted", "checked"], "No such file"),
+        (["audit", "CSV", "--image", "text", "--label", "kind", "--trusted", "checked"], "name a --model for images"),
+        (["draw", "CSV", "--label", "kind", "--rows", "9999"], "--rows 9999"),
+        (["draw", "CSV"], "draw needs a CSV and its --label column"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(table, capsys, arguments, message):
+    assert run(*(table[0] if a == "CSV" else a for a in arguments)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_built_in_sample(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("iada_plugin.wrong_labels.command.default_text_model", lambda: "tfidf")
+    assert run("audit", "--output", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert "The truth is known here" in said or "0 of" in said
+    assert (tmp_path / "wrong_labels.html").is_file()
