@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .isolation import Values, rng_state, set_rng_state
 from .precision import tf32_enabled
-from .sharding import is_fsdp, local, reshard
+from .sharding import is_fsdp, reshard
 
 #: Keyword arguments of a model that the loss uses, not the features.
 LABEL_KEYS = ("labels", "label", "label_ids", "num_items_in_batch")
@@ -228,7 +228,9 @@ class Capture:
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
-        norms = self._norms() if self.model.training and not self._unwritten else {}
+        # Sharded ones are whole after a pass and parts before it.
+        looked_at = self.model.training and not (self._unwritten or self.sharded)
+        norms = self._norms() if looked_at else {}
         try:
             self._probe = probe
             with self._eager(), nullcontext() if autocast else self._original_forward():
@@ -265,9 +267,7 @@ class Capture:
 
     @torch.no_grad()
     def _norms(self) -> dict[str, Tensor]:
-        named = {
-            n: local(p) for n, p in self.model.named_parameters() if p.is_floating_point() and p.device.type != "meta"
-        }
+        named = {n: p for n, p in self.model.named_parameters() if p.is_floating_point() and p.device.type != "meta"}
         return dict(zip(named, torch._foreach_norm(list(named.values())), strict=True)) if named else {}
 
     def _check_unwritten(self, before: dict[str, Tensor]) -> None:

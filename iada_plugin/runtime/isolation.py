@@ -122,7 +122,7 @@ class Values:
         """What a hook may write to: itself, what it is a method of, is given, closes over, or names. Kept is what has a name or key
         there: one that counts passes, by appending to a list, counts all of them."""
         function = getattr(hook, "func", hook)  # in a functools.partial
-        if (getattr(function, "__module__", None) or "").partition(".")[0] in _FRAMEWORKS:
+        if _of_framework(function):
             return
         code, named = getattr(function, "__code__", None), getattr(function, "__globals__", {})
         found = [named[name] for name in (() if code is None else code.co_names) if name in named]
@@ -158,6 +158,16 @@ class Values:
             _GENERATORS[type(generator)][1](generator, state)
 
 
+def _of_framework(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] in _FRAMEWORKS
+
+
 def _closed(value: Any) -> bool:
-    """What no pass leaves values in: functions, classes, Python's modules, and the criterion itself."""
-    return isinstance(value, (Guest, type)) or inspect.isroutine(value) or inspect.ismodule(value)
+    """What no pass leaves values in, or what sees to itself: functions, classes, Python's modules, the criterion, objects of frameworks
+    (FSDP's state of a module)."""
+    return (
+        isinstance(value, (Guest, type))
+        or inspect.isroutine(value)
+        or inspect.ismodule(value)
+        or _of_framework(type(value))
+    )

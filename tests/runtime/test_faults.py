@@ -517,7 +517,7 @@ MODES = [
 
 def alive():
     gc.collect()
-    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and not torch.nn.parameter.is_lazy(t)]
     return len(tensors), sum(t.untyped_storage().nbytes() for t in tensors)
 
 
