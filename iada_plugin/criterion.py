@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from .config import IADAConfig
 from .functional.labels import check_labels, is_soft
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
+from .head.layer import in_label_order
 from .meta.learner import MetaLearner, mean_loss
 from .meta.schedules import SCHEDULES
 from .meta.tangents import TANGENTS
 from .perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
 from .perturbation.reference import TrustedReference
 from .runtime import state
-from .runtime.batches import MetaBatches
+from .runtime.batches import MetaBatches, trained_labels
 from .runtime.capture import Capture, Forward
 from .runtime.checks import (
     check_denominator,
@@ -36,7 +37,7 @@ from .runtime.checks import (
 )
 from .runtime.failures import Failures
 from .runtime.guest import Guest
-from .runtime.labels import labels_of, require_all_classes
+from .runtime.labels import require_all_classes
 from .runtime.processes import global_mean, on_any_process
 from .runtime.row_ids import check_rows
 from .runtime.sharding import is_fsdp, tie
@@ -166,9 +167,13 @@ class MetaIADA(Guest):
         try:
             if class_counts is not None:
                 self.head.set_class_counts(class_counts)
-            labels = labels_of(meta_loader)
+            labels = trained_labels(meta_loader)
             if labels is not None:
-                trained = None if class_counts is None else torch.as_tensor(class_counts) > 0
+                trained = (
+                    None
+                    if class_counts is None
+                    else torch.as_tensor(in_label_order(class_counts, self.head.out_features)) > 0
+                )
                 self._check_classes(labels, trained)
                 config = self.config
             self.statistics = Statistics(self.head, config, characteristics)
@@ -208,6 +213,8 @@ class MetaIADA(Guest):
         self._step_hook = self.optimizer.register_step_post_hook(
             lambda *_: None if (iada := own()) is None else iada._after_optimizer_step()
         )
+        for hook in (self._step_hook, self.capture):
+            weakref.finalize(self, hook.remove)
         # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
         buffers = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
         self._ddp_ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", None)
@@ -259,6 +266,11 @@ class MetaIADA(Guest):
         self._step.abandon()
         self._step = Step(step)
         self._step.forward = forward
+
+    @property
+    def logits_seen(self) -> Tensor | None:
+        """``[N, C]`` of the training pass of which no loss was taken yet."""
+        return None if self._step.forward is None else self._step.forward.logits
 
     @property
     def in_warmup(self) -> bool:
@@ -313,10 +325,17 @@ class MetaIADA(Guest):
         if self.capture.sharded:
             loss = tie(loss, [output])
         if loss.requires_grad:
-            step = self._step
+            step, own = self._step, weakref.ref(self)  # a loss that is kept does not keep this alive
 
             def note(gradient: Tensor) -> None:
-                self.trained = step.backward = True
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        "a backward pass with create_graph=True went through the loss, which can be differentiated once only: take a"
+                        " gradient penalty of the model's output, by F.cross_entropy(output, target) for example, and add it to the loss."
+                    )
+                step.backward = True
+                if (iada := own()) is not None:
+                    iada.trained = True
 
             loss.register_hook(note)
         return loss
@@ -374,6 +393,7 @@ class MetaIADA(Guest):
             return None
         check_rows(ids, len(target), self.reference.histories.num_rows)
         ids = ids.to(target.device)
+        self.reference.check_labels(target, ids, always=self.step == 0)
         prior = self.statistics.log_prior() if self.config.beta != 0 else None
         samples |= {"labels": target, **self.reference.observe(forward.logits, prior, target, ids)}  # type: ignore[arg-type]
         return self.reference.weights(ids).to(forward.dtype)
@@ -444,7 +464,10 @@ class MetaIADA(Guest):
         self._step.forward = None  # a pass that nobody took
         self._end_skipped_step()
         step = self._step
-        if not self.in_warmup and self._meta_step_due and step.probe is None:
+        due = not self.in_warmup and self._meta_step_due
+        if due and not self.schedule.tangents.head_only:
+            forward.start = self.capture.values()
+        if due and step.probe is None:
             try:
                 step.on_abandon(self.failures.snapshot())
                 with self.failures.survived(step.leave_meta_out):
@@ -577,6 +600,7 @@ class MetaIADA(Guest):
         self._step = Step(self._step.number)
         self.capture.remove()
         self._step_hook.remove()
+        self.meta_batches.close()
         self._restore_head()
         if self._ddp_ignored is not None:
             self.model._ddp_params_and_buffers_to_ignore = self._ddp_ignored  # type: ignore[assignment]

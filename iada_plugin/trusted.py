@@ -12,8 +12,7 @@ from torch.utils.data import Subset
 from .config import IADAConfig
 from .data.trusted import check_trusted_rows
 from .perturbation.reference import TrustedReference
-from .runtime.batches import meta_dataloader
-from .runtime.labels import labels_of
+from .runtime.batches import meta_dataloader, trained_labels
 
 
 def with_reference(
@@ -43,11 +42,13 @@ def with_reference(
             "trusted_rows are rows of the training set: pass it as train_set=, map-style (a streamed one has no row numbers; load"
             " it, or use meta_loader= without trusted rows)."
         )
-    labels = labels_of(train_set)
+    labels = trained_labels(train_set)
     rows = check_trusted_rows(trusted_rows, len(train_set), labels, num_classes)
     if class_counts is None and labels is not None:
         class_counts = torch.bincount(labels.long(), minlength=num_classes)
+    known = None  # the labels of meta batches, where they are the trusted rows themselves
     if meta_loader is None:
+        known = None if labels is None else labels[rows]
         size = config.meta_batch_size or 64
         meta_loader = meta_dataloader(Subset(train_set, rows.tolist()), size, config.seed)
     reference = TrustedReference(
@@ -58,5 +59,6 @@ def with_reference(
         steps_per_epoch=steps_per_epoch,
         epochs=epochs,
         device=device,
+        labels=known,
     )
     return reference, meta_loader, class_counts

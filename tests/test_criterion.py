@@ -1,6 +1,7 @@
 """The criterion in plain loops."""
 
 import copy
+import itertools
 import pickle
 import random
 import warnings
@@ -306,7 +307,7 @@ def test_meta_every_and_the_number_of_passes():
         fit(model, iada, optimizer, [images(seed=s)])
         counts.append(list(passes))
     plain, step = [True], [True, True, False]  # train; train, meta, train displaced
-    first = [True, True, False, False]  # once: the train pass is repeated to see whether it can be
+    first = [True, True, False, False, False]  # once: the train pass is repeated, twice, to see whether it can be
     assert counts == [plain, first, plain, plain, step, plain, plain]
 
 
@@ -588,11 +589,10 @@ def test_a_model_that_runs_under_autocast_only():
 
 def test_a_pass_that_cannot_be_repeated_is_refused():
     class Counting(MLP):
-        passes = 0
+        passes = itertools.count()
 
         def forward(self, x):
-            self.passes += 1
-            return self.fc(self.body(x) * (1 + self.passes % 3))
+            return self.fc(self.body(x) * (1 + next(self.passes) % 3))
 
     model = Counting()
     iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1])
@@ -942,3 +942,64 @@ def test_lightnings_trainer_trains_as_a_loop():
     for found, expected in ((owner, plain), (owner.criterion, plain.criterion)):
         expected = expected.state_dict()
         assert all(torch.equal(v, expected[k]) for k, v in found.state_dict().items())
+
+
+@pytest.mark.parametrize("schedule", ["lookahead", "online"])
+def test_a_gradient_penalty_is_taken_of_the_output_and_refused_of_the_loss(schedule):
+    x, y = vectors()
+
+    def penalty(loss):
+        return torch.autograd.grad(loss, list(model.parameters()), create_graph=True)[0].square().sum()
+
+    for of_output in (True, False):
+        model = MLP()
+        iada, optimizer = make(model, vectors(seed=1), counts=[1, 1, 1], schedule=schedule)
+        for _ in range(3):
+            optimizer.zero_grad()
+            output = model(x)
+            loss = iada(output, y)
+            if not of_output:
+                with pytest.raises(
+                    RuntimeError, match=r"create_graph=True went through the loss.*of the model's output"
+                ):
+                    penalty(loss)
+                break
+            (loss + penalty(F.cross_entropy(output, y))).backward()
+            optimizer.step()
+    assert iada.step == 0
+
+
+def test_the_first_error_of_a_meta_batch_is_the_one_that_is_said():
+    """Not that of the second try, in half precision."""
+    with pytest.raises(ValueError, match=r"RuntimeError: mat1 and mat2 shapes cannot be multiplied") as found:
+        make(MLP(), (torch.randn(6, 5), torch.arange(6) % 3), counts=[1, 1, 1])
+    assert "BFloat16" not in str(found.value) and isinstance(found.value.__cause__, RuntimeError)
+
+    class Half(MLP):
+        def forward(self, x):
+            if torch.is_autocast_enabled("cpu"):
+                raise RuntimeError("of the second try")
+            raise RuntimeError("of the first")
+
+    with pytest.raises(ValueError, match="RuntimeError: of the first"):
+        make(Half(), vectors(seed=1), counts=[1, 1, 1])
+
+
+def test_an_optimizer_in_fastais_wrapper():
+    class OptimWrapper:
+        """As fastai's: no subclass of torch's."""
+
+        def __init__(self, opt):
+            self.opt = opt
+
+        def step(self):
+            self.opt.step()
+
+    model = MLP()
+    wrapped = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1))
+    iada, _ = make(model, vectors(seed=1), counts=[1, 1, 1], optimizer=wrapped)
+    for _ in range(3):
+        wrapped.opt.zero_grad()
+        iada(model(vectors()[0]), vectors()[1]).backward()
+        wrapped.step()
+    assert iada.step == 3 and iada.meta_batches.drawn == 2

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..runtime.batches import changed_label
 from ..runtime.labels import labels_of
 
 
@@ -89,10 +90,13 @@ def as_labels(data: Any) -> np.ndarray:
     """The labels ``[N]`` of an array, tensor, list, column or data set (see :func:`labels_of`).
 
     Raises:
-        ValueError: labels that are no class indices.
+        ValueError: labels that are no class indices, or not those that samples come with.
         TypeError: a data set whose labels cannot be read without loading its samples.
     """
     known = labels_of(data)
+    column = hasattr(data, "column_name")
+    if known is not None and not column and (wrong := changed_label(data, known)) is not None:
+        raise ValueError(f"{wrong}: pass the labels that are trained on, as an array.")
     if known is None and isinstance(data, torch.utils.data.Dataset):
         raise TypeError(
             f"the labels of a {type(data).__name__} cannot be read without loading every sample: pass them as an array,"

@@ -126,6 +126,7 @@ class IADAHead(nn.Linear):
         Raises:
             ValueError: for what is no list of numbers, another length, a negative or non-finite value, or all zeros.
         """
+        class_counts = in_label_order(class_counts, self.out_features)
         try:
             counts = torch.as_tensor(class_counts).detach().cpu().double()
         except (TypeError, ValueError, RuntimeError):
@@ -220,6 +221,22 @@ class IADAHead(nn.Linear):
             fixed_shift,
             in_margin,
         )
+
+
+def in_label_order(counts: Any, num_classes: int) -> Any:
+    """Counts as they are, but for a Series of pandas: ``value_counts`` sorts by frequency and leaves empty classes out.
+
+    Raises:
+        ValueError: it counts what is no class.
+    """
+    if not hasattr(counts, "reindex"):
+        return counts
+    found = counts.reindex(range(num_classes), fill_value=0)
+    if found.sum() != counts.sum():
+        raise ValueError(
+            f"class_counts is a Series over {list(counts.index)!r:.80}: its index must be the classes, 0 to {num_classes - 1}."
+        )
+    return found.to_numpy(copy=True)
 
 
 def _some(items: list[Any], limit: int = 10) -> str:

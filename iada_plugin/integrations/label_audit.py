@@ -88,7 +88,7 @@ class LabelAuditCallback(TrainerCallback):
         if state.global_step > 0 and self.resume_from != "fresh":
             self._load(_folder(args) / f"checkpoint-{state.global_step}", state.global_step)
         self._rows = TrainerRows(model, loader)
-        self._hook = model.register_forward_hook(Hook(self._record), with_kwargs=True)
+        self._hook = Hook(self._record).on(model.register_forward_hook, with_kwargs=True)
 
     def _load(self, checkpoint: Path, step: int) -> None:
         assert self.recorder is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import IADAConfig
@@ -19,14 +20,14 @@ from ..criterion import MetaIADA
 from ..data.trusted import check_trusted_rows, with_trusted
 from ..meta.schedules import SCHEDULES
 from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characteristic
-from ..runtime.batches import length_of, meta_dataloader
-from ..runtime.capture import Hook
+from ..runtime.batches import length_of, meta_dataloader, trained_labels
+from ..runtime.capture import LABEL_KEYS, Hook
 from ..runtime.checks import CUDA_GRAPH_MODES, REENTRANT
-from ..runtime.labels import labels_of
-from ..runtime.row_ids import SAMPLE_IDS
+from ..runtime.row_ids import SAMPLE_IDS, is_numbered
 from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
 from .trainer_report import TrainerReport, write_report
 from .trainer_rows import TrainerRows
+from .trainer_run import TrainerRun
 
 if TYPE_CHECKING:
     from ..report.report import Report
@@ -53,8 +54,8 @@ class MetaIADACallback(TrainerCallback):
             counted during warm-up.
         classifier: name of the classifier's last layer where it is not found by itself.
         characteristics: functions ``BatchState -> [N]``.
-        resume_from: the checkpoint folder that holds the state when a run is resumed from outside ``output_dir``, or
-            "fresh" to resume a run that has none. Default: ``output_dir/checkpoint-{step}``.
+        resume_from: the checkpoint folder that holds the state, or "fresh" to resume a run that has none. Default: the one that
+            the Trainer resumes from.
         report_dir: folder for a :class:`iada_plugin.Report`, written when training ends. Samples are told by their row number in
             the training set; evaluations during training are part of it (in one process).
         report_options: arguments of the `Report`, such as ``true_labels``, ``samples`` and ``epochs``.
@@ -96,9 +97,10 @@ class MetaIADACallback(TrainerCallback):
         self.engine: MetaIADA | None = None
         self.report: Report | None = None
         self._watch: TrainerReport | None = None
-        self._own_loss_seen = False
+        self._own_loss_seen = self._unlabelled = False
         self._rows: TrainerRows | None = None
-        self._model_hook: Any = None
+        self._run: TrainerRun | None = None
+        self._hooks: list[Hook] = []  # on the model
         self._staged: int | None = None
 
     @staticmethod
@@ -124,8 +126,7 @@ class MetaIADACallback(TrainerCallback):
         Raises:
             ValueError: the Trainer computes its loss outside the model.
         """
-        if trainer.label_smoother is not None or trainer.compute_loss_func is not None:
-            raise ValueError(_LOSS_OUTSIDE)
+        _check_loss(trainer)
         if join and self.meta_dataset is not None:
             trainer.train_dataset, self.trusted_rows = with_trusted(trainer.train_dataset, self.meta_dataset)
             self.meta_dataset = None
@@ -176,8 +177,11 @@ class MetaIADACallback(TrainerCallback):
     ) -> None:
         """Take over the loss. Runs again whenever the Trainer starts over (``auto_find_batch_size``, a second train)."""
         self.uninstall()
+        self._run = TrainerRun()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
+        trainer = self._run.trainer
         _check_arguments(args, model)
+        _check_loss(trainer)
         batches = length_of(loader)
         steps_per_epoch = math.ceil(batches / args.gradient_accumulation_steps) if batches else state.max_steps
         trusted = {}
@@ -187,6 +191,7 @@ class MetaIADACallback(TrainerCallback):
                     "the training set is streamed: its samples have no row numbers, so there can be no trusted rows. Load it, or pass"
                     " meta_dataset= instead."
                 )
+            _check_numbered(loader, trainer)
             trusted = {"train_set": loader.dataset, "trusted_rows": self.trusted_rows}
         self.engine = MetaIADA(
             model,
@@ -202,8 +207,10 @@ class MetaIADACallback(TrainerCallback):
         )
         if args.torch_compile:
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
-        self._own_loss_seen = False
-        self._model_hook = self.engine.model.register_forward_hook(Hook(self._replace_loss), with_kwargs=True)
+        self._own_loss_seen = self._unlabelled = False
+        self._hooks = [Hook(self._replace_loss).on(self.engine.model.register_forward_hook, with_kwargs=True)]
+        if self._run.trainer is not None:
+            self._hooks.append(Hook(self._check_run).on(self.engine.model.register_forward_pre_hook, prepend=True))
         try:
             if self.report_dir is not None or self.trusted_rows is not None:
                 capture = self.engine.capture
@@ -217,10 +224,10 @@ class MetaIADACallback(TrainerCallback):
             self.uninstall()
             raise
         if args.should_save:  # what an earlier run that was killed has left
-            folder = _folder(args) / f"checkpoint-{state.global_step}"
+            folder = self._folder(args) / f"checkpoint-{state.global_step}"
             if folder.is_dir() and state_file(folder).is_file():  # still staged
                 os.replace(state_file(folder), folder / STATE_FILE)
-            for stale in _folder(args).glob(".iada_state-*"):
+            for stale in self._folder(args).glob(".iada_state-*"):
                 stale.unlink(missing_ok=True)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
@@ -229,7 +236,8 @@ class MetaIADACallback(TrainerCallback):
             self.engine.start_at(state.global_step)
             self.engine.warmup.postpone(state.global_step, state.max_steps)
             return
-        folder = self.resume_from or _folder(args) / f"checkpoint-{state.global_step}"
+        told = None if self._run is None else self._run.resumed_from
+        folder = self.resume_from or told or self._folder(args) / f"checkpoint-{state.global_step}"
         try:
             load_state(self.engine, state_file(folder))
         except FileNotFoundError as error:
@@ -268,23 +276,44 @@ class MetaIADACallback(TrainerCallback):
             dataset,
             size,
             self.config.seed,
-            train_loader.collate_fn,
+            self._collator(train_loader),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
         )
+
+    def _collator(self, train_loader: Any) -> Any:
+        """What makes batches of samples; the Trainer's where ``get_train_dataloader`` was overridden to give another kind of loader."""
+        found = getattr(train_loader, "collate_fn", None) or getattr(
+            self._run and self._run.trainer, "data_collator", None
+        )
+        if found is None:
+            raise ValueError(
+                f"the training loader is a {type(train_loader).__name__} without a collate_fn, by which meta batches are made: return a"
+                " DataLoader from get_train_dataloader."
+            )
+        return found
+
+    def _check_run(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Pre-hook on the model: after a ``train()`` that was broken off, which says so to nobody, it is the user's again."""
+        if self._run is not None and module.training and torch.is_grad_enabled() and self._run.over:
+            self.uninstall()
+
+    def _folder(self, args: TrainingArguments) -> Path:
+        return Path(args.output_dir or ".") if self._run is None else self._run.folder(args)
 
     def _replace_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """Forward hook on the model: the training loss in its outputs becomes the engine's."""
         engine = self.engine
         if engine is None or engine.capture.busy:
             return None
-        labels = kwargs.get("labels")
+        labels = next((kwargs[k] for k in LABEL_KEYS[:3] if kwargs.get(k) is not None), None)
         if not (module.training and torch.is_grad_enabled()):
             if self._watch is not None and not module.training:
                 self._watch.note_pass(outputs, labels)
             return None
         if labels is None:
-            raise ValueError(_LOSS_OUTSIDE)
+            self._unlabelled = True
+            return None  # a further pass of a training_step, which has a loss of its own; where it was the only one, see on_step_end
         kind = getattr(getattr(module, "config", None), "problem_type", None)
         if labels.is_floating_point() or kind in ("regression", "multi_label_classification"):
             raise ValueError(
@@ -293,7 +322,9 @@ class MetaIADACallback(TrainerCallback):
             )
         labels = labels.squeeze(1) if labels.dim() == 2 and labels.shape[1] == 1 else labels
         is_mapping = isinstance(outputs, Mapping)
-        logits = outputs["logits"] if is_mapping else outputs[1]
+        # Under whatever name the model returns them, they are the classifier's.
+        own = engine.logits_seen
+        logits = outputs.get("logits", own) if is_mapping else outputs[1] if _are_logits(outputs) else own
         if not self._own_loss_seen:
             self._own_loss_seen = True
             _check_own_loss(outputs, logits, labels, kwargs.get("num_items_in_batch"))
@@ -309,6 +340,8 @@ class MetaIADACallback(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stage the state where a checkpoint is due; check that the loss really was replaced."""
         if self.engine is not None and not self.engine.trained:
+            if self._unlabelled and not self._own_loss_seen:
+                raise ValueError(_LOSS_OUTSIDE)
             raise RuntimeError(
                 "the loss of MetaIADACallback was not the one that was trained in the first step: the Trainer's compute_loss"
                 " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"
@@ -327,23 +360,23 @@ class MetaIADACallback(TrainerCallback):
         if control.should_save:
             if args.should_save:  # a folder that the Trainer is about to write over is incomplete until it has done so
                 for name in (STATE_FILE, "trainer_state.json"):
-                    (_folder(args) / f"checkpoint-{state.global_step}" / name).unlink(missing_ok=True)
+                    (self._folder(args) / f"checkpoint-{state.global_step}" / name).unlink(missing_ok=True)
             self._write(args, state)
 
     def _write(self, args: TrainingArguments, state: TrainerState) -> None:
         if self.engine is None or not (args.should_save or self.engine.capture.sharded):
             return
         self._staged = state.global_step
-        os.makedirs(_folder(args), exist_ok=True)
-        save_state(self.engine, staged_file(_folder(args), state.global_step), write=args.should_save)
+        os.makedirs(self._folder(args), exist_ok=True)
+        save_state(self.engine, staged_file(self._folder(args), state.global_step), write=args.should_save)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
         if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
             self._write(args, state)
-        folder = _folder(args) / f"checkpoint-{state.global_step}"
+        folder = self._folder(args) / f"checkpoint-{state.global_step}"
         if self.engine is not None and args.should_save and folder.is_dir():
-            os.replace(staged_file(_folder(args), state.global_step), folder / STATE_FILE)
+            os.replace(staged_file(self._folder(args), state.global_step), folder / STATE_FILE)
         self._staged = None
         if self._watch is not None and folder.is_dir():
             self._watch.save(folder)
@@ -401,17 +434,25 @@ class MetaIADACallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Give the model back as it was, and write the report."""
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and self.engine is not None and self.engine.reference is None:
+            step = Path(best).name.rpartition("-")[2]
+            if step.isdigit() and int(step) <= self.engine.warmup.steps:
+                warnings.warn(
+                    f"the best model, of step {step}, is one of the warm-up of {self.engine.warmup.steps} steps: it was trained without"
+                    " Meta-IADA. Choose a metric_for_best_model that leaves the warm-up out (docs/trainer.md, The best epoch)."
+                )
         self.uninstall()
         if args.should_save:
-            staged_file(_folder(args), state.global_step).unlink(missing_ok=True)
+            staged_file(self._folder(args), state.global_step).unlink(missing_ok=True)
         if self.report is not None and self.report_dir is not None:
             write_report(self.report, self.report_dir)
 
     def uninstall(self) -> None:
         """Remove every hook and restore the classifier, after an interrupted ``train()`` for instance."""
-        if self._model_hook is not None:
-            self._model_hook.remove()
-            self._model_hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
         self._watch = None
         if self._rows is not None:
             self._rows.remove()
@@ -427,6 +468,32 @@ _LOSS_OUTSIDE = (
 )
 
 
+def _check_loss(trainer: Any) -> None:
+    """The Trainer, where it is known, leaves the loss to the model."""
+    if getattr(trainer, "label_smoother", None) is not None or getattr(trainer, "compute_loss_func", None) is not None:
+        raise ValueError(_LOSS_OUTSIDE)
+
+
+def _are_logits(outputs: Any) -> bool:
+    """A tuple of a loss and logits ``[N, C]``."""
+    return isinstance(outputs, tuple) and len(outputs) > 1 and isinstance(outputs[1], Tensor) and outputs[1].dim() == 2
+
+
+def _check_numbered(loader: Any, trainer: Any) -> None:
+    """Trusted rows go by the row numbers of the Trainer's training set, which have to get into the batches."""
+    data, whole = getattr(loader, "dataset", None), getattr(trainer, "train_dataset", None)
+    if not is_numbered(loader):
+        raise ValueError(
+            f"the training loader is a {type(loader).__name__} that draws no row numbers, so there can be no trusted rows: return a"
+            " DataLoader with a batch size over a map-style data set from get_train_dataloader, or pass meta_dataset= instead."
+        )
+    if hasattr(whole, "__len__") and len(whole) != len(data):
+        raise ValueError(
+            f"trusted_rows are rows of the Trainer's train_dataset, which has {len(whole)}, and get_train_dataloader reads another data"
+            f" set of {len(data)}: give that one to the Trainer."
+        )
+
+
 def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any) -> None:
     """The model's own loss is cross-entropy and nothing else: the rest of it would be dropped.
 
@@ -437,7 +504,7 @@ def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any
     if not isinstance(own, Tensor) or own.numel() != 1:
         return
     total = F.cross_entropy(logits.detach().float(), labels.long(), reduction="sum")
-    value, tolerance = float(own), 1e-3 if logits.dtype == torch.float32 else 3e-2
+    value, tolerance = float(own.detach()), 1e-3 if logits.dtype == torch.float32 else 3e-2
     expected = [float(total) / len(labels), *([] if num_items is None else [float(total) / float(num_items)])]
     if math.isfinite(value) and all(abs(value - e) > tolerance * max(1.0, abs(e)) for e in expected):
         raise ValueError(
@@ -446,10 +513,6 @@ def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any
             " cross-entropy alone (IADA has the class prior in it), or add the other terms to MetaIADA in a loop or compute_loss of"
             " your own."
         )
-
-
-def _folder(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
 
 
 def _check_arguments(args: TrainingArguments, model: nn.Module) -> None:
@@ -484,8 +547,13 @@ def _class_counts(loader: Any, model: nn.Module) -> Tensor | None:
             "the training set's labels are floats, which transformers takes for multi-label data: cast them,"
             " dataset.cast_column('labels', Value('int64')). IADA needs one class index per sample."
         )
-    labels = labels_of(dataset)
-    if labels is None or num_labels is None:
+    sampler = loader
+    while inner := [found for n in ("batch_sampler", "sampler") if (found := getattr(sampler, n, None)) is not None]:
+        sampler = inner[0]
+    if num_labels is None or isinstance(sampler, WeightedRandomSampler):
+        return None  # what is drawn counts
+    labels = trained_labels(loader if isinstance(loader, DataLoader) else dataset)
+    if labels is None:
         return None
     wrong = labels[(labels < 0) | (labels >= num_labels)]
     if wrong.numel():

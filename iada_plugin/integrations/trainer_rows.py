@@ -30,7 +30,7 @@ class TrainerRows:
         self.number, self._undo = numbered or (0, None)
         self._ids: Tensor | None = None
         # Before all other hooks on the model, whose forward pass does not know this argument.
-        self._hook = model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=True)
+        self._hook = Hook(self._before_model).on(model.register_forward_pre_hook, with_kwargs=True, prepend=True)
 
     def _before_model(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if module.training and torch.is_grad_enabled() and not self._busy():

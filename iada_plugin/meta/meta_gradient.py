@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..functional.labels import check_labels
 from ..runtime import sharding
 from ..runtime.batches import MetaBatches
-from ..runtime.capture import Capture, Forward
+from ..runtime.capture import Capture, Forward, WrittenWeightError
 from ..runtime.failures import is_out_of_memory
 from ..runtime.isolation import seed_rng
 from ..runtime.precision import meta_precision
@@ -154,11 +154,11 @@ class MetaGradient:
             try:
                 features = self._look_at(args, kwargs, cast)
             except Exception as error:
-                if is_out_of_memory(error):
+                if is_out_of_memory(error) or isinstance(error, WrittenWeightError):
                     raise
                 raise ValueError(
-                    f"the model cannot run a meta batch ({type(error).__name__}: {error}): meta_loader has to yield inputs in"
-                    " the form of the training batches."
+                    f"the model cannot run a meta batch ({type(error).__name__}: {error}): meta samples have to come in the form of the"
+                    " training batches."
                 ) from error
         if world_size() > 1 and not self.batches.shared_out:
             leaves = [t for t in tree_leaves((args, kwargs, labels)) if isinstance(t, Tensor)]
@@ -178,7 +178,10 @@ class MetaGradient:
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise
-            # A model of mixed precision that runs under the caller's autocast only.
-            with torch.autocast(self.capture.device.type, dtype=torch.bfloat16):
-                found = self.capture.features_of(args, kwargs)
+            # A model of mixed precision that runs under the caller's autocast only?
+            try:
+                with torch.autocast(self.capture.device.type, dtype=torch.bfloat16):
+                    found = self.capture.features_of(args, kwargs)
+            except Exception:
+                raise error from None
         return found.features  # type: ignore[return-value]

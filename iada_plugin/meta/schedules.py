@@ -158,7 +158,7 @@ class Lookahead(Schedule):
         if not self._releases_graph:
             return forward.features  # type: ignore[return-value]
         with self.capture.isolated(), meta_precision(forward.autocast_dtype, self.capture.device.type):
-            again = self.capture.features_of(forward.args, forward.kwargs, rng=forward.rng)
+            again = self.capture.features_of(forward.args, forward.kwargs, rng=forward.rng, start=forward.start)
         torch.clear_autocast_cache()
         return again.features  # type: ignore[return-value]
 

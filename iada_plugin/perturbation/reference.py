@@ -23,13 +23,14 @@ class TrustedReference:
     """Follows each training row's margin, and once an epoch decides which rows are let go; 16 bytes a row.
 
     Args:
-        rows: ``[T]`` numbers of the trusted rows.
+        rows: ``[T]`` numbers of the trusted rows, sorted.
         num_rows: R, of the training set.
         gate: name of the gate, or "none".
         level: of the gate.
         steps_per_epoch: optimizer steps in an epoch.
         epochs: length of the run, or ``None``.
         device: where the state lives.
+        labels: ``[T]`` of the trusted rows, where they are known.
 
     Attributes:
         weight: ``[R]`` weight of each row in the loss, 0 for one that is let go.
@@ -47,8 +48,10 @@ class TrustedReference:
         steps_per_epoch: int,
         epochs: float | None,
         device: torch.device,
+        labels: Tensor | None = None,
     ) -> None:
         self.rows, self.steps_per_epoch = rows.to(device), steps_per_epoch
+        self.labels = None if labels is None else labels.to(device)
         self.histories = Histories(num_rows, device=device)
         start = GATE_START if epochs is None else max(1, min(GATE_START, int(epochs // 3)))
         self.start = start * steps_per_epoch
@@ -57,6 +60,24 @@ class TrustedReference:
         self.accuracy = 0.0
         self._rate = self._peak_rate = 0.0
         self._fit = torch.zeros(2, device=device)  # kept samples of this epoch, and those that were predicted right
+
+    def check_labels(self, labels: Tensor, ids: Tensor, always: bool) -> None:
+        """Trusted rows among a batch with labels and row numbers ``[N]`` have the label that they are trusted for. On an accelerator only
+        looked at where ``always`` is set.
+
+        Raises:
+            ValueError: one has another.
+        """
+        if self.labels is None or not (always or labels.device.type == "cpu"):
+            return
+        place = torch.searchsorted(self.rows, ids.long()).clamp_max(len(self.rows) - 1)
+        wrong = (self.rows[place] == ids) & (self.labels[place] != labels)
+        if wrong.any():
+            k = int(wrong.int().argmax())
+            raise ValueError(
+                f"trusted row {int(ids[k])} is trained with the label {int(labels[k])}, and the training set has {int(self.labels[place[k]])}"
+                " for it, with which meta batches come: have the data set give the labels that the loss sees."
+            )
 
     def observe(self, logits: Tensor, log_prior: Tensor | None, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
         """Columns of a step: what the histories learn of a micro-batch with logits ``[N, C]``, labels and row numbers ``[N]``."""

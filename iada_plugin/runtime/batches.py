@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from .capture import LABEL_KEYS
 from .failures import MetaLoaderError
@@ -159,6 +161,10 @@ class MetaBatches:
         self._waiting = None
         self.drawn += 1
 
+    def close(self) -> None:
+        """Let go of the loader's present pass, and so of its worker processes."""
+        self._iterator = self._waiting = None
+
     def _read(self, seed: int) -> Any:
         for _ in range(2):
             try:
@@ -171,7 +177,7 @@ class MetaBatches:
             except Exception as error:
                 self.drawn += 1  # it is left out
                 self.within += not self.shared_out
-                raise MetaLoaderError(f"meta_loader raised {type(error).__name__}: {error}") from error
+                raise MetaLoaderError(f"reading a meta batch raised {type(error).__name__}: {error}") from error
             self.within += not self.shared_out
             return batch
         raise ValueError("meta_loader yields nothing (any more): pass a loader that can be iterated again and again.")
@@ -265,6 +271,55 @@ def split_batch(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
         return ((), dict(inputs), labels) if isinstance(inputs, Mapping) else ((inputs,), {}, labels)
     raise ValueError(
         f"a meta batch is a {type(batch).__name__}: it must be (input, target) or a dict with 'labels'. Wrap your loader."
+    )
+
+
+#: Samples that are read to see whether labels are what the columns of a data set say.
+LOOKED_AT = 16
+
+
+def trained_labels(data: Any) -> Tensor | None:
+    """:func:`labels_of` a data set or loader ``[N]``; ``None`` where they are unknown, or not those that its samples come with (with a
+    warning)."""
+    labels = labels_of(data)
+    if labels is None or (wrong := changed_label(data, labels)) is None:
+        return labels
+    warnings.warn(
+        f"{wrong}: they are not used, and classes are counted during the warm-up. class_counts gives the counts at once."
+    )
+    return None
+
+
+def changed_label(data: Any, labels: Tensor) -> str | None:
+    """Whether the samples of a data set or loader come with other labels than :func:`labels_of` it, in words: transforms and collators
+    may change them. Read for that are a few samples, of different classes; where these cannot be read or have soft labels, ``None``."""
+    dataset, collate = (data.dataset, data.collate_fn) if isinstance(data, DataLoader) else (data, None)
+    dataset = dataset.dataset if isinstance(dataset, SeededSamples) else dataset
+    if not len(labels) or not hasattr(dataset, "__getitem__"):
+        return None
+    first = np.unique(labels.numpy(), return_index=True)[1][: LOOKED_AT // 2]
+    rows = np.union1d(first, np.linspace(0, len(labels) - 1, LOOKED_AT // 2).astype(int)).tolist()
+    states = rng_state(torch.device("cpu"))
+    try:
+        dataset = copy.copy(
+            dataset
+        )  # a file that is opened with the first sample must not be shared with worker processes
+        if isinstance(dataset, Subset):
+            dataset.dataset = copy.copy(dataset.dataset)
+        samples = [dataset[row] for row in rows]
+        found = (
+            torch.stack([split_batch(s)[2] for s in samples]) if collate is None else split_batch(collate(samples))[2]
+        )
+    except Exception:  # said where it is trained on
+        return None
+    finally:
+        set_rng_state(torch.device("cpu"), states)
+    if found.shape != (len(rows),) or found.is_floating_point() or bool((found == labels[rows]).all()):
+        return None
+    k = int((found != labels[rows]).int().argmax())
+    return (
+        f"row {rows[k]} of a {type(dataset).__name__} is read with the label {int(found[k])}, and its labels say {int(labels[rows[k]])} (a"
+        " transform or collator changes them)"
     )
 
 

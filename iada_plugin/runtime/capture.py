@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .isolation import rng_state, set_rng_state
+from .isolation import Values, rng_state, set_rng_state
 from .precision import tf32_enabled
 from .sharding import is_fsdp, reshard
 
@@ -29,6 +29,7 @@ class Forward:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     rng: list[Any] = field(default_factory=list)  # random state before the pass
+    start: Values | None = None  # what was on the modules before it, where it is to be repeated
     features: Tensor | None = None  # [N, H], with its graph
     logits: Tensor | None = None  # [N, C] output of the classifier
     autocast_dtype: torch.dtype | None = None  # None: no autocast
@@ -47,6 +48,16 @@ class Hook:
     def __init__(self, function: Callable[..., Any] | None) -> None:
         self.function = function
 
+    def on(self, register: Callable[..., Any], **options: Any) -> Hook:
+        """This hook, registered."""
+        self._handle = register(self, **options)
+        return self
+
+    def remove(self) -> None:
+        """Take it off, also for a pass that is calling its hooks right now."""
+        self.function = None
+        self._handle.remove()
+
     # A graph break: what the hooks record must be the tensors of the real pass.
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,6 +69,10 @@ class Hook:
 
     def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
         return Hook, (None,)
+
+
+class WrittenWeightError(ValueError):
+    """The model writes a parameter in its forward pass."""
 
 
 class Capture:
@@ -89,15 +104,15 @@ class Capture:
             functorch_config.donated_buffer = False
         self.device, self.dtype = head.weight.device, head.weight.dtype
         self._probe: Forward | None = None  # the pass of a meta step that is running
-        self._verified = False
-        self._restore_buffers: Callable[[], None] = lambda: None
+        self._verified = self._unwritten = False
+        self._values: Values | None = None  # that the passes of a meta step begin with
         for hooks in (model._forward_pre_hooks, model._forward_hooks, head._forward_hooks):
             for key in [k for k, hook in hooks.items() if isinstance(hook, Hook)]:
                 del hooks[key]  # of an engine that was not closed
-        self._handles = [
+        self._hooks = [
             # Before FSDP's own hook, which gathers parameters for the pass to come.
-            model.register_forward_pre_hook(Hook(self._before_model), with_kwargs=True, prepend=self.sharded),
-            head.register_forward_hook(Hook(self._after_head), with_kwargs=True),
+            Hook(self._before_model).on(model.register_forward_pre_hook, with_kwargs=True, prepend=self.sharded),
+            Hook(self._after_head).on(head.register_forward_hook, with_kwargs=True),
         ]
 
     def mark_compiled(self, cuda_graphs: bool = False) -> None:
@@ -191,6 +206,7 @@ class Capture:
         kwargs: dict[str, Any],
         *,
         rng: list[Any] | None = None,
+        start: Values | None = None,
         replaced: dict[str, Tensor] | None = None,
         cast: torch.dtype | None = None,
         autocast: bool = True,
@@ -200,16 +216,21 @@ class Capture:
         Args:
             args, kwargs: the model's inputs; labels are left out.
             rng: random state to run from, so that dropout masks are those of an earlier pass.
+            start: values to put on the modules before, so that buffers are those of an earlier pass.
             replaced: parameters to use in the place of the model's.
             cast: half-precision inputs are cast to this.
             autocast: off: past the autocast that Accelerate wraps around ``forward``.
         """
         probe = Forward(args, kwargs)
-        self._restore_buffers()  # every pass starts from the same ones
+        if (values := start or self._values) is not None:
+            values.restore()  # every pass starts from the same ones
         kwargs = {k: v for k, v in kwargs.items() if k not in LABEL_KEYS}
         if cast is not None:
             half = (torch.float16, torch.bfloat16)
             args, kwargs = tree_map_only(Tensor, lambda t: t.to(cast) if t.dtype in half else t, (args, kwargs))
+        # Sharded ones are whole after a pass and parts before it.
+        looked_at = self.model.training and not (self._unwritten or self.sharded)
+        norms = self._norms() if looked_at else {}
         try:
             self._probe = probe
             with self._eager(), nullcontext() if autocast else self._original_forward():
@@ -221,6 +242,7 @@ class Capture:
                         probe.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
                 else:
                     functional_call(self.model, replaced, args, kwargs)
+            self._check_unwritten(norms)
             if probe.features is None:
                 raise RuntimeError("the classifier did not run in a pass of the meta step.")
             return probe
@@ -231,30 +253,40 @@ class Capture:
 
     @contextmanager
     def isolated(self) -> Iterator[None]:
-        """Run extra passes, each from the same buffers; random state and buffers (BatchNorm's) end as they were."""
+        """Run extra passes, each from the same values; random state, buffers (BatchNorm's) and whatever else a pass leaves on
+        modules end as they were."""
         if self.sharded:
             reshard(self.model)
-        own = {id(b) for b in self.head.buffers()}
-        kept = [
-            (module, name, buffer, buffer.detach().clone())
-            for module in self.model.modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and id(buffer) not in own
-        ]
-
-        def restore() -> None:
-            for module, name, buffer, value in kept:
-                buffer.data.copy_(value)
-                module._buffers[name] = buffer  # a pass may have put another tensor in its place
-
-        states = rng_state(self.device)
-        self._restore_buffers = restore
+        states, self._values = rng_state(self.device), self.values()
         try:
             yield
         finally:
-            self._restore_buffers = lambda: None
+            values, self._values = self._values, None
             set_rng_state(self.device, states)
-            restore()
+            values.restore()
+
+    @torch.no_grad()
+    def _norms(self) -> dict[str, Tensor]:
+        named = {n: p for n, p in self.model.named_parameters() if p.is_floating_point() and p.device.type != "meta"}
+        return dict(zip(named, torch._foreach_norm(list(named.values())), strict=True)) if named else {}
+
+    def _check_unwritten(self, before: dict[str, Tensor]) -> None:
+        """Once: a pass has left the parameters as they were, whose norms ``before`` are given.
+
+        Raises:
+            WrittenWeightError: the model writes one in its forward pass.
+        """
+        self._unwritten = self._unwritten or bool(before)
+        for (name, norm), now in zip(before.items(), self._norms().values() if before else (), strict=True):
+            if not torch.equal(norm.nan_to_num(), now.nan_to_num()):
+                raise WrittenWeightError(
+                    f"{type(self.model).__name__}: the parameter {name} is written by the forward pass itself (a moving average of a"
+                    " codebook?), so that the passes of meta steps would change it: keep it as a buffer (register_buffer)."
+                )
+
+    def values(self) -> Values:
+        """What is on the modules now; the classifier's statistics are moved by no pass."""
+        return Values(self.model, self.head.buffers())
 
     @contextmanager
     def _eager(self) -> Iterator[None]:
@@ -288,5 +320,5 @@ class Capture:
 
     def remove(self) -> None:
         """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
+        for hook in self._hooks:
+            hook.remove()

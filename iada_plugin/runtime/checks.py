@@ -56,8 +56,17 @@ def check_types(model: nn.Module, layer: nn.Linear) -> None:
     """Types that the passes of a meta step do not have.
 
     Raises:
-        ValueError: complex parameters, or a default type that is not the one that IADA computes in.
+        ValueError: complex parameters, parameters that a pass makes or writes, or a default type that is not the one that IADA
+            computes in.
     """
+    for name, module in model.named_modules():
+        if any(map(nn.parameter.is_lazy, module.parameters(recurse=False))):
+            raise ValueError(f"{name} is lazy, without parameters yet: run one batch through the model first.")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise ValueError(
+                f"{name} writes its weight in each pass (max_norm={module.max_norm}), also in those of meta steps: use max_norm=None, and"
+                " scale the rows of the weight after optimizer.step()."
+            )
     found = next((name for name, p in model.named_parameters() if p.is_complex()), None)
     if found is not None:
         raise ValueError(f"the parameter {found} is complex: the virtual step is taken along real parameters only. Keep it as two"
@@ -117,10 +126,10 @@ def check_processes() -> None:
 
 
 def unwrap_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer in Accelerate's, DeepSpeed's or both wrappers."""
+    """The torch optimizer in Accelerate's, DeepSpeed's, both or fastai's wrappers."""
     inner = optimizer
-    while getattr(inner, "optimizer", None) is not None:
-        inner = inner.optimizer
+    while (wrapped := getattr(inner, "optimizer", None) or getattr(inner, "opt", None)) is not None:
+        inner = wrapped
     if not isinstance(inner, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}.")
     return inner

@@ -11,7 +11,7 @@ import torch
 def labels_of(data: Any) -> torch.Tensor | None:
     """The labels ``[N]`` of a data set or loader if they can be read without loading samples, else ``None``.
 
-    Understands Hugging Face datasets (a column "labels" or "label"), ``.targets`` or ``.labels``, `TensorDataset`,
+    Understands Hugging Face datasets (a column "labels" or "label") and their columns, ``.targets`` or ``.labels``, `TensorDataset`,
     `Subset`, `ConcatDataset`, and loaders over them.
     """
     data = getattr(data, "dataset", data) if isinstance(data, torch.utils.data.DataLoader) else data
@@ -22,13 +22,16 @@ def labels_of(data: Any) -> torch.Tensor | None:
         parts = [labels_of(part) for part in data.datasets]
         return None if any(part is None for part in parts) else torch.cat(parts)  # type: ignore[arg-type]
     found = None
+    source, column = getattr(data, "source", None), getattr(data, "column_name", None)
     columns = getattr(data, "column_names", None)
-    if columns is not None:
+    if column is not None and hasattr(source, "with_format"):  # datasets' lazy Column, which reads row by row
+        found = source.with_format(None)[column][:]
+    elif columns is not None:
         name = next((c for c in ("labels", "label", "label_ids") if c in columns), None)
         if name is not None and hasattr(data, "__len__"):
             found = data.with_format(None)[name][:]
     elif isinstance(data, torch.utils.data.TensorDataset):
-        found = data.tensors[-1]
+        found = data.tensors[1] if len(data.tensors) == 2 else None  # which of more it is, is not known
     else:
         found = next((getattr(data, name) for name in ("targets", "labels") if hasattr(data, name)), None)
     if found is None:

@@ -194,6 +194,13 @@ class _NumberedCollate:
         return batch
 
 
+def is_numbered(loader: Any) -> bool:
+    """Whether ``loader`` draws row numbers."""
+    inner = getattr(loader, "base_dataloader", loader)
+    mapped = isinstance(inner, DataLoader) and not isinstance(inner.dataset, IterableDataset)
+    return mapped and inner.batch_sampler is not None
+
+
 def number_samples(loader: Any) -> tuple[int, Callable[[], None]] | None:
     """Add row numbers to the batches of ``loader`` (a `DataLoader`, or Accelerate's around one), under :data:`SAMPLE_IDS`.
 
@@ -201,9 +208,9 @@ def number_samples(loader: Any) -> tuple[int, Callable[[], None]] | None:
         Number of rows, and what takes them off again; ``None`` where there are no row numbers (an iterable data set, another
         loader).
     """
-    inner = getattr(loader, "base_dataloader", loader)
-    if not isinstance(inner, DataLoader) or isinstance(inner.dataset, IterableDataset) or inner.batch_sampler is None:
+    if not is_numbered(loader):
         return None
+    inner = getattr(loader, "base_dataloader", loader)
     dataset, collate = inner.dataset, inner.collate_fn
 
     def put(dataset: Any, collate: Any) -> None:
