@@ -22,6 +22,7 @@ from ..wrong_labels import MarginRecorder, WrongLabels
 from ..wrong_labels.find import check_enough
 from .checkpoint import read_tensors, staged_file, state_file, write_tensors
 from .trainer_rows import TrainerRows
+from .trainer_run import TrainerRun
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class LabelAuditCallback(TrainerCallback):
         self.recorder: MarginRecorder | None = None
         self._labels: Tensor | None = None
         self._rows: TrainerRows | None = None
+        self._run: TrainerRun | None = None
         self._hook: Any = None
 
     def on_train_begin(
@@ -75,6 +77,7 @@ class LabelAuditCallback(TrainerCallback):
     ) -> None:
         """Begin to record."""
         self.uninstall()
+        self._run = TrainerRun()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         if length_of(loader) is None or not hasattr(getattr(loader, "dataset", None), "__len__"):
             raise ValueError(
@@ -86,7 +89,8 @@ class LabelAuditCallback(TrainerCallback):
         check_enough(len(rows), self.false_alarms)
         self.recorder = MarginRecorder(num_rows, device=args.device)
         if state.global_step > 0 and self.resume_from != "fresh":
-            self._load(_folder(args) / f"checkpoint-{state.global_step}", state.global_step)
+            told = self._run.resumed_from
+            self._load(Path(told or self._folder(args) / f"checkpoint-{state.global_step}"), state.global_step)
         self._rows = TrainerRows(model, loader)
         self._hook = Hook(self._record).on(model.register_forward_hook, with_kwargs=True)
 
@@ -104,7 +108,10 @@ class LabelAuditCallback(TrainerCallback):
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
             return
-        assert self._rows is not None and self.recorder is not None
+        assert self._rows is not None and self.recorder is not None and self._run is not None
+        if self._run.over:  # by an error or an interrupt: the model is the user's again
+            self.uninstall()
+            return
         ids = self._rows.take()
         if ids is None:
             raise ValueError(
@@ -140,13 +147,13 @@ class LabelAuditCallback(TrainerCallback):
     def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
         if control.should_save and self.recorder is not None and args.should_save:
-            os.makedirs(_folder(args), exist_ok=True)
+            os.makedirs(self._folder(args), exist_ok=True)
             tensors = {k: v.cpu() for k, v in self.recorder.state_dict().items()}
-            write_tensors(tensors, {}, staged_file(_folder(args), state.global_step, AUDIT_FILE))
+            write_tensors(tensors, {}, staged_file(self._folder(args), state.global_step, AUDIT_FILE))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
-        folder, staged = _folder(args), staged_file(_folder(args), state.global_step, AUDIT_FILE)
+        folder, staged = self._folder(args), staged_file(self._folder(args), state.global_step, AUDIT_FILE)
         folder = folder / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             if not staged.is_file():  # save_strategy="best" decides after the evaluation
@@ -166,7 +173,7 @@ class LabelAuditCallback(TrainerCallback):
             self.trusted_rows, self._labels, false_alarms=self.false_alarms, **self.options
         )
         if args.should_save:
-            staged_file(_folder(args), state.global_step, AUDIT_FILE).unlink(missing_ok=True)
+            staged_file(self._folder(args), state.global_step, AUDIT_FILE).unlink(missing_ok=True)
         if self.output_dir is not None and rank() == 0:
             path = self.wrong_labels.write(self.output_dir, samples=self.samples)
             logger.info("%s: %s", path, self.wrong_labels)
@@ -180,6 +187,5 @@ class LabelAuditCallback(TrainerCallback):
             self._rows.remove()
             self._rows = None
 
-
-def _folder(args: TrainingArguments) -> Path:
-    return Path(args.output_dir or ".")
+    def _folder(self, args: TrainingArguments) -> Path:
+        return Path(args.output_dir or ".") if self._run is None else self._run.folder(args)
