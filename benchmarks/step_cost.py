@@ -337,18 +337,19 @@ def pretrained(work: Workload, options: Options, steps: int, dropout: float) -> 
 def count_passes(cycle: Callable[[], None], model: nn.Module, n: int, steps: int) -> dict[str, float]:
     """Forward and backward passes a step through the first layer, in batches of ``n``."""
     first = next(m for m in model.modules() if not list(m.children()) and list(m.parameters()))
-    counts = {"forward": 0.0, "backward": 0.0}
+    # Lists: what a hook keeps under a name or key is put back after the passes of a meta step.
+    seen: tuple[list[float], list[float]] = [], []
 
     def hook(module: nn.Module, args: Any, output: Tensor) -> None:
         share = len(output) / n / steps
-        counts["forward"] += share
+        seen[0].append(share)
         if output.requires_grad:
-            output.register_hook(lambda g: counts.__setitem__("backward", counts["backward"] + share))
+            output.register_hook(lambda g: seen[1].append(share))
 
     handle = first.register_forward_hook(hook)
     cycle()
     handle.remove()
-    return {k: round(v, 3) for k, v in counts.items()}
+    return {k: round(sum(v), 3) for k, v in zip(("forward", "backward"), seen, strict=True)}
 
 
 def hypergradient(model: nn.Module, work: Workload, config: dict[str, Any], share: float, options: Options) -> Tensor:
