@@ -149,7 +149,7 @@ def check_trusted_rows(rows: Any, num_rows: int, labels: Any = None, num_classes
             class where there are several.
     """
     try:
-        found = torch.as_tensor(rows).detach().cpu()
+        found = torch.as_tensor(sorted(rows) if isinstance(rows, (set, frozenset)) else rows).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"trusted rows are no numbers ({error}): pass row numbers [T], or a mask [R].") from error
     if found.dtype == torch.bool:

