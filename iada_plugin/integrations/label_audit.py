@@ -20,8 +20,8 @@ from ..runtime.labels import labels_of
 from ..runtime.processes import rank
 from ..wrong_labels import MarginRecorder, WrongLabels
 from ..wrong_labels.find import check_enough
-from .checkpoint import read_tensors, staged_file, state_file, write_tensors
-from .trainer_rows import TrainerRows
+from .checkpoint import complete, read_tensors, staged_file, state_file, write_tensors
+from .trainer_rows import TrainerRows, check_numbered
 from .trainer_run import TrainerRun
 
 logger = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class LabelAuditCallback(TrainerCallback):
         self._rows: TrainerRows | None = None
         self._run: TrainerRun | None = None
         self._hook: Any = None
+        self._staged: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -83,6 +84,7 @@ class LabelAuditCallback(TrainerCallback):
             raise ValueError(
                 "the training set is streamed: its samples have no row numbers, so that no list of them can be made. Load it."
             )
+        check_numbered(loader, self._run.trainer)
         num_rows = len(loader.dataset)
         self._labels = labels_of(loader.dataset)
         rows = check_trusted_rows(self.trusted_rows, num_rows, self._labels)
@@ -90,7 +92,7 @@ class LabelAuditCallback(TrainerCallback):
         self.recorder = MarginRecorder(num_rows, device=args.device)
         if state.global_step > 0 and self.resume_from != "fresh":
             told = self._run.resumed_from
-            self._load(Path(told or self._folder(args) / f"checkpoint-{state.global_step}"), state.global_step)
+            self._load(Path(told or self._run.folder(args) / f"checkpoint-{state.global_step}"), state.global_step)
         self._rows = TrainerRows(model, loader)
         self._hook = Hook(self._record).on(model.register_forward_hook, with_kwargs=True)
 
@@ -146,34 +148,36 @@ class LabelAuditCallback(TrainerCallback):
 
     def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
         # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
-        if control.should_save and self.recorder is not None and args.should_save:
-            os.makedirs(self._folder(args), exist_ok=True)
+        if control.should_save:
+            self._write(args, state)
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.recorder is not None and self._run is not None and args.should_save:
+            folder = self._run.folder(args)
+            os.makedirs(folder, exist_ok=True)
             tensors = {k: v.cpu() for k, v in self.recorder.state_dict().items()}
-            write_tensors(tensors, {}, staged_file(self._folder(args), state.global_step, AUDIT_FILE))
+            write_tensors(tensors, {}, staged_file(folder, state.global_step, AUDIT_FILE))
+            self._staged = state.global_step
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
-        folder, staged = self._folder(args), staged_file(self._folder(args), state.global_step, AUDIT_FILE)
-        folder = folder / f"checkpoint-{state.global_step}"
-        if args.should_save and folder.is_dir():
-            if not staged.is_file():  # save_strategy="best" decides after the evaluation
-                control.should_save = True
-                self._stage(args, state, control)
-                control.should_save = False
-            if staged.is_file():
-                os.replace(staged, folder / AUDIT_FILE)
+        if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
+            self._write(args, state)
+        if self._run is not None and args.should_save:
+            complete(self._run.folder(args), state.global_step, AUDIT_FILE)
+        self._staged = None
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the list, and write it."""
         self.uninstall()
-        assert self.recorder is not None
+        assert self.recorder is not None and self._run is not None
         self.wrong_labels = self.recorder.find_wrong_labels(
             self.trusted_rows, self._labels, false_alarms=self.false_alarms, **self.options
         )
         if args.should_save:
-            staged_file(self._folder(args), state.global_step, AUDIT_FILE).unlink(missing_ok=True)
+            staged_file(self._run.folder(args), state.global_step, AUDIT_FILE).unlink(missing_ok=True)
         if self.output_dir is not None and rank() == 0:
             path = self.wrong_labels.write(self.output_dir, samples=self.samples)
             logger.info("%s: %s", path, self.wrong_labels)
@@ -186,6 +190,3 @@ class LabelAuditCallback(TrainerCallback):
         if self._rows is not None:
             self._rows.remove()
             self._rows = None
-
-    def _folder(self, args: TrainingArguments) -> Path:
-        return Path(args.output_dir or ".") if self._run is None else self._run.folder(args)

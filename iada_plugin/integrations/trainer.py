@@ -23,10 +23,10 @@ from ..perturbation.characteristics import DEFAULT_CHARACTERISTICS, Characterist
 from ..runtime.batches import length_of, meta_dataloader, trained_labels
 from ..runtime.capture import LABEL_KEYS, Hook
 from ..runtime.checks import CUDA_GRAPH_MODES, REENTRANT
-from ..runtime.row_ids import SAMPLE_IDS, is_numbered
-from .checkpoint import STATE_FILE, load_state, save_state, staged_file, state_file
+from ..runtime.row_ids import SAMPLE_IDS
+from .checkpoint import STATE_FILE, complete, load_state, save_state, staged_file, state_file
 from .trainer_report import TrainerReport, write_report
-from .trainer_rows import TrainerRows
+from .trainer_rows import TrainerRows, check_numbered
 from .trainer_run import TrainerRun
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class MetaIADACallback(TrainerCallback):
                     "the training set is streamed: its samples have no row numbers, so there can be no trusted rows. Load it, or pass"
                     " meta_dataset= instead."
                 )
-            _check_numbered(loader, trainer)
+            check_numbered(loader, trainer)
             trusted = {"train_set": loader.dataset, "trusted_rows": self.trusted_rows}
         self.engine = MetaIADA(
             model,
@@ -375,8 +375,8 @@ class MetaIADACallback(TrainerCallback):
         if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
             self._write(args, state)
         folder = self._folder(args) / f"checkpoint-{state.global_step}"
-        if self.engine is not None and args.should_save and folder.is_dir():
-            os.replace(staged_file(self._folder(args), state.global_step), folder / STATE_FILE)
+        if self.engine is not None and args.should_save:
+            complete(self._folder(args), state.global_step)
         self._staged = None
         if self._watch is not None and folder.is_dir():
             self._watch.save(folder)
@@ -477,21 +477,6 @@ def _check_loss(trainer: Any) -> None:
 def _are_logits(outputs: Any) -> bool:
     """A tuple of a loss and logits ``[N, C]``."""
     return isinstance(outputs, tuple) and len(outputs) > 1 and isinstance(outputs[1], Tensor) and outputs[1].dim() == 2
-
-
-def _check_numbered(loader: Any, trainer: Any) -> None:
-    """Trusted rows go by the row numbers of the Trainer's training set, which have to get into the batches."""
-    data, whole = getattr(loader, "dataset", None), getattr(trainer, "train_dataset", None)
-    if not is_numbered(loader):
-        raise ValueError(
-            f"the training loader is a {type(loader).__name__} that draws no row numbers, so there can be no trusted rows: return a"
-            " DataLoader with a batch size over a map-style data set from get_train_dataloader, or pass meta_dataset= instead."
-        )
-    if hasattr(whole, "__len__") and len(whole) != len(data):
-        raise ValueError(
-            f"trusted_rows are rows of the Trainer's train_dataset, which has {len(whole)}, and get_train_dataloader reads another data"
-            f" set of {len(data)}: give that one to the Trainer."
-        )
 
 
 def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any) -> None:

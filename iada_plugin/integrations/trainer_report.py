@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..criterion import MetaIADA
 from ..report.recorder import MAX_ID, are_row_numbers
+from ..runtime.labels import ordered_names
 from ..runtime.processes import rank, world_size
 from .trainer_rows import TrainerRows
 
@@ -154,7 +155,7 @@ def _class_names(model: nn.Module, engine: MetaIADA) -> list[str] | None:
     """From the model's config, where it has as many as the classifier has outputs."""
     names = getattr(getattr(model, "config", None), "id2label", None) or {}
     try:
-        ordered = [str(names[k]) for k in sorted(names, key=int)]
+        ordered = ordered_names(names)
     except (TypeError, ValueError):
         return None
     return ordered if len(ordered) == engine.head.out_features else None

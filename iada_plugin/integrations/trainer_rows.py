@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.capture import Hook
-from ..runtime.row_ids import SAMPLE_IDS, number_samples
+from ..runtime.row_ids import SAMPLE_IDS, is_numbered, number_samples
 
 
 class TrainerRows:
@@ -49,3 +49,22 @@ class TrainerRows:
         self._hook.remove()
         if self._undo is not None:
             self._undo()
+
+
+def check_numbered(loader: Any, trainer: Any) -> None:
+    """Trusted rows go by the row numbers of the Trainer's training set, which have to get into the batches.
+
+    Raises:
+        ValueError: they cannot, or the loader reads another data set.
+    """
+    data, whole = getattr(loader, "dataset", None), getattr(trainer, "train_dataset", None)
+    if not is_numbered(loader):
+        raise ValueError(
+            f"the training loader is a {type(loader).__name__} that draws no row numbers, so there can be no trusted rows: return a"
+            " DataLoader with a batch size over a map-style data set from get_train_dataloader, or pass meta_dataset= instead."
+        )
+    if hasattr(whole, "__len__") and len(whole) != len(data):
+        raise ValueError(
+            f"trusted_rows are rows of the Trainer's train_dataset, which has {len(whole)}, and get_train_dataloader reads another data"
+            f" set of {len(data)}: give that one to the Trainer."
+        )

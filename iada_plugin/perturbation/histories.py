@@ -15,7 +15,15 @@ _UNIT = 2.0**32
 
 
 def adjusted_margin(logits: Tensor, log_prior: Tensor | None, labels: Tensor, limit: float = MARGIN_LIMIT) -> Tensor:
-    """Own logit less the largest other one, of the logits that the loss sees, in nats: ``[N]``, within ``+-limit``.
+    """The margin of :func:`margin_and_other`."""
+    return margin_and_other(logits, log_prior, labels, limit)[0]
+
+
+def margin_and_other(
+    logits: Tensor, log_prior: Tensor | None, labels: Tensor, limit: float = MARGIN_LIMIT
+) -> tuple[Tensor, Tensor]:
+    """Own logit less the largest other one, of the logits that the loss sees, in nats: ``[N]``, within ``+-limit``; and the class of
+    that one ``[N]``.
 
     Plain logits mislead where classes are rare: their samples have small margins with right labels, too.
 
@@ -28,8 +36,8 @@ def adjusted_margin(logits: Tensor, log_prior: Tensor | None, labels: Tensor, li
     z = logits.detach().float()
     z = z if log_prior is None else z + log_prior.float()
     own = z.gather(1, labels[:, None])
-    others = z.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
-    return (own.squeeze(1) - others).clamp(-limit, limit)
+    largest, other = z.scatter(1, labels[:, None], -torch.inf).max(dim=1)
+    return (own.squeeze(1) - largest).clamp(-limit, limit), other
 
 
 class Histories:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import metrics
 from ..perturbation.network import PerturbationNetwork
+from ..runtime.labels import ordered_names
 from ..runtime.processes import rank
 from ..runtime.samples import content_of
 from ..wrong_labels import WrongLabels
@@ -129,14 +130,12 @@ class Report:
             raise RuntimeError("this MetaIADA was closed: make the Report after MetaIADA and before training.")
         if any(isinstance(observer, Recorder) for observer in iada.observers):
             warnings.warn("this MetaIADA had a Report already: that one stops here, and the new one begins.")
-        if isinstance(class_names, Mapping):
-            class_names = [class_names[k] for k in sorted(class_names, key=int)]
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names has {len(class_names)} names; the classifier has {num_classes} classes.")
         for name, value in (("epochs", epochs), ("capacity", capacity), ("max_id", max_id)):
             if not isinstance(value, (int, float)) or value < 1 or value != int(value):
                 raise ValueError(f"{name}={value!r} must be a whole number >= 1.")
-        self.class_names = [str(n) for n in (range(num_classes) if class_names is None else class_names)]
+        self.class_names = ordered_names(range(num_classes) if class_names is None else class_names)
         if samples is not None:
             content_of(
                 samples, next(iter(samples), 0) if isinstance(samples, Mapping) else 0

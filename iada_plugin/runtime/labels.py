@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,13 @@ def labels_of(data: Any) -> torch.Tensor | None:
     except (TypeError, ValueError):
         return None
     return labels if labels.dim() == 1 and not labels.is_floating_point() else None
+
+
+def ordered_names(class_names: Any) -> list[str]:
+    """Names in the order of classes, of a sequence or of a dict of class to name (keys may be text, as in a JSON file)."""
+    if isinstance(class_names, Mapping):
+        class_names = [class_names[k] for k in sorted(class_names, key=int)]
+    return [str(name) for name in class_names]
 
 
 def require_all_classes(labels: torch.Tensor, num_classes: int, trained: torch.Tensor | None = None) -> None:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+#: Margins are kept within so many nats: one wild value must not outweigh the others of a mean.
+MARGIN_LIMIT = 20.0
 _PARTS = 20
+
+
+def marks() -> Iterator[int]:
+    """The epochs 1, 2, 3, 5, 8, 13, ... up to which margins are averaged: early ones tell more where labels are learned by heart later on."""
+    mark, following = 1, 2
+    while True:
+        yield mark
+        mark, following = following, mark + following
 
 
 def bimodality(margin: Tensor) -> float:

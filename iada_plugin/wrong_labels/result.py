@@ -52,6 +52,16 @@ class WrongLabels:
         margin = np.nan_to_num(self.margin[rows], nan=np.inf)
         return rows[np.lexsort((margin, self.p_value[rows]))]
 
+    @property
+    def ranking(self) -> np.ndarray:
+        """All rows, the most suspect first, trusted ones last: ``[R]`` row numbers."""
+        return np.concatenate([self.order, np.flatnonzero(self.trusted)])
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """``[R]`` class of the largest logit."""
+        return np.where(self.margin > 0, self.label, self.suggested)
+
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """The list: row numbers, the most suspect first (Benjamini and Hochberg, 1995; with ``adaptive`` Storey et al., 2004)."""
@@ -108,8 +118,7 @@ class WrongLabels:
         num_classes = len(self.class_names)
         if num_classes > _MANY_CLASSES:
             return None
-        seen = np.isfinite(self.margin)
-        predicted = np.where(self.margin > 0, self.label, self.suggested)
+        seen, predicted = np.isfinite(self.margin), self.predicted
         own, others = seen & self.trusted, seen & ~self.trusted
         return transition_matrix(predicted[own], self.label[own], predicted[others], self.label[others], num_classes)
 
@@ -137,7 +146,7 @@ class WrongLabels:
 
         frame = pandas.DataFrame(self.columns())
         frame.index.name = "row"
-        return frame.iloc[np.concatenate([self.order, np.flatnonzero(self.trusted)])]
+        return frame.iloc[self.ranking]
 
     def add_to(self, dataset: Any) -> Any:
         """A `datasets.Dataset` with the columns ``suggested_label``, ``p_value`` and ``listed``.
@@ -157,13 +166,12 @@ class WrongLabels:
         (the p-value), ``given_label``, ``predicted_label``."""
         import pandas
 
-        predicted = np.where(self.margin > 0, self.label, self.suggested)
         return pandas.DataFrame(
             {
                 "is_label_issue": self.listed,
                 "label_quality": self.p_value,
                 "given_label": self.label,
-                "predicted_label": predicted,
+                "predicted_label": self.predicted,
             }
         )
 

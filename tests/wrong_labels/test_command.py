@@ -42,6 +42,11 @@ def run(*arguments):
     return main([str(a) for a in arguments])
 
 
+def audit(path, folder, *more, trusted="checked"):
+    """The exit code of an audit of the news, by their words."""
+    return run("audit", path, "--text", "text", "--label", "kind", "--trusted", trusted, "--model", "tfidf", "--output", folder, *more)  # fmt: skip
+
+
 def listed(folder):
     with open(folder / "wrong_labels.csv") as file:
         return [int(r["row"]) for r in csv.DictReader(file) if int(r["listed"])]
@@ -49,23 +54,7 @@ def listed(folder):
 
 def test_texts_of_a_table(table, tmp_path, capsys):
     path, wrong = table
-    assert (
-        run(
-            "audit",
-            path,
-            "--text",
-            "text",
-            "--label",
-            "kind",
-            "--trusted",
-            "checked",
-            "--model",
-            "tfidf",
-            "--output",
-            tmp_path / "out",
-        )
-        == 0
-    )
+    assert audit(path, tmp_path / "out") == 0
     found = listed(tmp_path / "out")
     assert len(set(found) & set(wrong)) >= 0.8 * len(wrong) and len(set(found) - set(wrong)) <= 8
     assert "sport -> money" in capsys.readouterr().out
@@ -76,8 +65,7 @@ def test_texts_of_a_table(table, tmp_path, capsys):
     with open(tmp_path / "out" / "wrong_labels.csv") as file:
         label = next(int(r["label"]) for r in csv.DictReader(file) if int(r["row"]) == first)
     (tmp_path / "decisions.csv").write_text(f"row,label,decision,new_label\n{first},{label},wrong,{1 - label}\n")
-    assert run("audit", path, "--text", "text", "--label", "kind", "--trusted", "checked", "--model", "tfidf", "--output", tmp_path / "two",
-               "--decisions", tmp_path / "decisions.csv") == 0  # fmt: skip
+    assert audit(path, tmp_path / "two", "--decisions", tmp_path / "decisions.csv") == 0
     assert first not in listed(tmp_path / "two")
 
 
@@ -96,23 +84,7 @@ def test_rows_are_drawn_checked_and_trusted(table, tmp_path, capsys):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows({**r, "trusted": int(int(r["row"]) not in wrong)} for r in rows)
-    assert (
-        run(
-            "audit",
-            path,
-            "--text",
-            "text",
-            "--label",
-            "kind",
-            "--trusted",
-            drawn,
-            "--model",
-            "tfidf",
-            "--output",
-            tmp_path / "out",
-        )
-        == 0
-    )
+    assert audit(path, tmp_path / "out", trusted=drawn) == 0
     assert len(listed(tmp_path / "out")) > 10
 
 
@@ -187,37 +159,33 @@ def test_the_built_in_sample(tmp_path, monkeypatch, capsys):
 def test_checked_rows_of_other_data_are_refused(table, tmp_path, capsys):
     path, _ = table
     drawn = tmp_path / "to_check.csv"
-    options = ("audit", path, "--text", "text", "--label", "kind", "--trusted", drawn)
     assert run("draw", path, "--text", "text", "--label", "kind", "--rows", 40, "--output", drawn) == 0
-    assert run(*options) == 2 and "no row is trusted" in capsys.readouterr().err
+    assert audit(path, tmp_path, trusted=drawn) == 2 and "no row is trusted" in capsys.readouterr().err
     lines = drawn.read_text().splitlines()
     drawn.write_text("\n".join([lines[0], lines[1] + "perhaps"]))
-    assert run(*options) == 2 and "'perhaps' does not say whether the label was found right" in capsys.readouterr().err
+    assert (
+        audit(path, tmp_path, trusted=drawn) == 2
+        and "'perhaps' does not say whether the label was found right" in capsys.readouterr().err
+    )
     first = lines[1].split(",")
     drawn.write_text("\n".join([lines[0], ",".join([first[0], "another text", first[2], "1"])]))
-    assert run(*options) == 2 and f"row {first[0]} has another text in the data" in capsys.readouterr().err
+    assert (
+        audit(path, tmp_path, trusted=drawn) == 2
+        and f"row {first[0]} has another text in the data" in capsys.readouterr().err
+    )
     drawn.write_text("row,trusted\n999,1\n")
-    assert run(*options) == 2 and "row '999' is not in the data, which has the rows 0 to 239" in capsys.readouterr().err
+    assert (
+        audit(path, tmp_path, trusted=drawn) == 2
+        and "row '999' is not in the data, which has the rows 0 to 239" in capsys.readouterr().err
+    )
 
 
 def test_a_mark_at_the_start_and_empty_labels(table, tmp_path, capsys):
     path, _ = table
     marked = tmp_path / "marked.csv"
     marked.write_text(path.read_text(), encoding="utf-8-sig")
-    options = (
-        "--text",
-        "text",
-        "--label",
-        "kind",
-        "--trusted",
-        "checked",
-        "--model",
-        "tfidf",
-        "--output",
-        tmp_path / "out",
-    )
-    assert run("audit", marked, *options) == 0
+    assert audit(marked, tmp_path / "out") == 0
     lines = path.read_text().splitlines()
     lines[5] = lines[5].split(",")[0] + ", ,1"
     path.write_text("\n".join(lines))
-    assert run("audit", path, *options) == 2 and "row 4 (from 0) has no kind" in capsys.readouterr().err
+    assert audit(path, tmp_path / "out") == 2 and "row 4 (from 0) has no kind" in capsys.readouterr().err

@@ -59,6 +59,14 @@ def test_a_run_that_is_resumed_goes_on():
         MarginRecorder(59).load_state_dict(first.state_dict())
 
 
+def test_labels_are_given_for_rows_that_were_not_seen():
+    recorder = MarginRecorder(40)
+    labels, rows = torch.arange(39) % 2, torch.arange(39)
+    recorder(torch.randn(39, 2), labels, rows)
+    found = recorder.find_wrong_labels(range(20), labels=[1] * 40, false_alarms=0.2)
+    assert found.label.tolist() == [*labels.tolist(), 1] and np.isnan(found.margin[39]) and not found.listed[39]
+
+
 def record_part(rank, world, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     labels, logits = epochs()
