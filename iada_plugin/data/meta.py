@@ -104,6 +104,11 @@ def as_labels(data: Any) -> np.ndarray:
         )
     data = data.detach().cpu() if isinstance(data, torch.Tensor) else data
     labels = np.asarray(data if known is None else known)
+    if labels.ndim == 1 and labels.size and labels.dtype.kind in "OUST":
+        raise ValueError(
+            f"labels must be class indices, got {str(labels[0])!r:.40}: names, labels = numpy.unique(labels, return_inverse=True) gives"
+            " both."
+        )
     if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iub":
         raise ValueError(
             f"labels must be a non-empty list of class indices, got {labels.dtype} of shape {list(labels.shape)}."

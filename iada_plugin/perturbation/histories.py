@@ -63,8 +63,10 @@ class Histories:
     """
 
     def __init__(self, num_rows: int, *, device: torch.device | str, rate: float = 0.05) -> None:
-        if num_rows < 1:
-            raise ValueError(f"num_rows={num_rows} must be at least 1: the number of rows of the training set.")
+        if not isinstance(num_rows, int) or num_rows < 1:
+            raise ValueError(
+                f"num_rows={num_rows!r:.80} must be a whole number, at least 1: that of rows of the training set, len(train)."
+            )
         if not 0 < rate <= 1:
             raise ValueError(
                 f"rate={rate} must be in (0, 1]: the least share of a visit in a row's mean, such as 0.05."

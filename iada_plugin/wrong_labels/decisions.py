@@ -1,8 +1,9 @@
-"""What a person has decided on the page, and rows to check, as CSV files."""
+"""What a person has decided on the page, taken in."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from ..data.meta import as_labels
 from ..data.trusted import check_trusted_rows
 
 
-def with_decisions(labels: Any, trusted_rows: Any, decisions: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def with_decisions(
+    labels: Any, trusted_rows: Any, decisions: str | Path | Sequence[str | Path]
+) -> tuple[np.ndarray, np.ndarray]:
     """Take in the CSV that the page exports: labels found wrong are corrected, and all rows that were looked at are trusted.
 
     To train on, that is the best there is. Of a further list the promise stays: looked-at rows that were right have small margins, so
@@ -21,7 +24,7 @@ def with_decisions(labels: Any, trusted_rows: Any, decisions: str | Path) -> tup
     Args:
         labels: ``[R]`` as they were when the list was made.
         trusted_rows: ``[T]`` row numbers or ``[R]`` bool, as then.
-        decisions: path of the CSV: columns row, label, decision (right or wrong), new_label.
+        decisions: path of the CSV: columns row, label, decision (right or wrong), new_label; or those of several rounds, in order.
 
     Returns:
         Labels ``[R]`` and trusted row numbers.
@@ -31,6 +34,12 @@ def with_decisions(labels: Any, trusted_rows: Any, decisions: str | Path) -> tup
     """
     found = as_labels(labels).copy()
     trusted = set(check_trusted_rows(trusted_rows, len(found)).tolist())
+    for path in [decisions] if isinstance(decisions, (str, Path)) else decisions:
+        _take_in(found, trusted, path)
+    return found, np.array(sorted(trusted))
+
+
+def _take_in(found: np.ndarray, trusted: set[int], decisions: str | Path) -> None:
     with open(decisions, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         if missing := {"row", "label", "decision", "new_label"} - set(reader.fieldnames or ()):
@@ -56,4 +65,3 @@ def with_decisions(labels: Any, trusted_rows: Any, decisions: str | Path) -> tup
                 )
             found[row] = new
             trusted.add(row)
-    return found, np.array(sorted(trusted))

@@ -21,6 +21,23 @@ class Share(NamedTuple):
     high: float
 
 
+def drawn_share(wrong: int, checked: int) -> Share:
+    """Share of wrong labels of which ``checked`` were drawn at random and ``wrong`` were found wrong, those included that look right:
+    Jeffreys' 90 % interval.
+
+    Raises:
+        ValueError: no row was checked, or more were wrong than were checked.
+    """
+    if not 0 <= wrong <= checked or not checked:
+        raise ValueError(
+            f"{wrong} of {checked} checked labels cannot be wrong: count all that were drawn and looked at."
+        )
+    low, high = np.quantile(
+        np.random.default_rng(0).beta(wrong + 0.5, checked - wrong + 0.5, 50 * _DRAWS), [0.05, 0.95]
+    )
+    return Share(wrong / checked, float(low) if wrong else 0.0, float(high) if wrong < checked else 1.0)
+
+
 def wrong_share(
     margins: np.ndarray, labels: np.ndarray, trusted_margins: np.ndarray, trusted_labels: np.ndarray
 ) -> Share:

@@ -31,6 +31,7 @@ def find_wrong_labels(
     labels: Any,
     trusted_rows: Any,
     *,
+    wrong_rows: Any = None,
     logits: Any = None,
     pred_probs: Any = None,
     margins: Any = None,
@@ -53,6 +54,8 @@ def find_wrong_labels(
     Args:
         labels: ``[R]`` class indices, as given (list, array, tensor or column).
         trusted_rows: ``[T]`` row numbers, or ``[R]`` bool, of rows whose label was checked and found right, drawn at random.
+        wrong_rows: ``[W]`` row numbers, or ``[R]`` bool, of rows whose label was checked and found wrong, the right one not known (if it
+            is, correct it, and trust the row): they are not judged again.
         logits: ``[R, C]``, or ``[E, R, C]`` of E epochs; NaN where a row was not seen. Margins are averaged up to that epoch after
             which they are the most bimodal.
         pred_probs: ``[R, C]`` probabilities out of sample (by cross-validation), as cleanlab takes them.
@@ -78,7 +81,7 @@ def find_wrong_labels(
     """
     y = torch.from_numpy(as_labels(labels))
     margin, other = _margins(y, logits, pred_probs, margins, suggested)
-    return judge(y, trusted_rows, margin, other, false_alarms, adaptive, compare, class_names)
+    return judge(y, trusted_rows, margin, other, false_alarms, adaptive, compare, class_names, wrong_rows)
 
 
 def judge(
@@ -90,17 +93,23 @@ def judge(
     adaptive: bool = False,
     compare: str = "auto",
     class_names: Sequence[str] | Mapping[int, str] | None = None,
+    wrong_rows: Any = None,
 ) -> WrongLabels:
     """:func:`find_wrong_labels` of labels ``[R]``, by the most bimodal one of S margins ``[S, R]``."""
     check_level(false_alarms)
     if compare not in COMPARE:
         raise ValueError(f"compare={compare!r} must be one of {', '.join(map(repr, COMPARE))}.")
     labels = y.numpy()
+    if (y == y[0]).all():
+        raise ValueError(f"all labels are of class {int(y[0])}: there is no other one that they could be.")
     num_classes = int(max(y.max(), other.max())) + 1
     names = _names(class_names, num_classes)
     rows = check_trusted_rows(trusted_rows, len(labels), labels)
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     trusted[rows] = True
+    found_wrong = _found_wrong(wrong_rows, trusted)
+    if (trusted | found_wrong).all():
+        raise ValueError(f"all {len(labels)} rows are checked: there is nothing left to judge.")
     margin = margins[best_of(margins) if len(margins) > 1 else 0]
     used = rows[torch.isfinite(margin)[rows]]
     check_enough(len(used), false_alarms)
@@ -124,9 +133,27 @@ def judge(
         weights=class_share_weights(y, rows).to(margin) if how == "weighted" else None,
     )  # fmt: skip
     return WrongLabels(
-        label=labels, suggested=other.numpy(), margin=margin.numpy(), p_value=p.numpy(), trusted=trusted.numpy(),
+        label=labels, suggested=other.numpy(), margin=margin.numpy(), p_value=p.numpy(), trusted=trusted.numpy(), found_wrong=found_wrong.numpy(),
         false_alarms=float(false_alarms), adaptive=adaptive, compared=how, pooled_classes=pooled, class_names=names,
     )  # fmt: skip
+
+
+def _found_wrong(rows: Any, trusted: Tensor) -> Tensor:
+    """``[R]`` bool."""
+    found = torch.zeros_like(trusted)
+    given = torch.as_tensor([] if rows is None else np.asarray(rows))
+    if given.numel() and not (given.dtype == torch.bool and not given.any()):
+        try:
+            found[check_trusted_rows(given, len(trusted))] = True
+        except ValueError as error:
+            raise ValueError(
+                f"wrong_rows={given.tolist()!r:.80}: {str(error).replace('trusted row', 'row')}"
+            ) from error
+    if (both := found & trusted).any():
+        raise ValueError(
+            f"row {int(both.nonzero()[0])} is trusted and in wrong_rows: its label is right, or it is not."
+        )
+    return found
 
 
 def trusted_rows_needed(false_alarms: float = 0.1, wrong_share: float = 0.1) -> int:

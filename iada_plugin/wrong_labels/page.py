@@ -107,7 +107,7 @@ def write_page(found: Any, folder: Path, *, samples: Any, title: str, limit: int
 
 
 def table_csv(found: Any) -> str:
-    """All rows, the most suspect first, trusted ones last."""
+    """All rows, in the order of ``ranking``."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     columns = found.columns()
@@ -145,7 +145,7 @@ def _facts(found: Any) -> str:
             found.class_names[c] for c in found.pooled_classes
         )
     facts = {
-        "Rows": f"{len(found.label):,}, of which {int(found.trusted.sum()):,} trusted",
+        "Rows": f"{len(found.label):,}, of which {int(found.trusted.sum()):,} trusted, and {int(found.found_wrong.sum()):,} found wrong before",
         "Share of wrong labels": f"about {_percent(share.estimate)}, 90 % interval {_percent(share.low)} to {_percent(share.high)}; wrong"
         " labels that look right are not in it",
         "Compared": f"each label {how}",
@@ -156,7 +156,7 @@ def _facts(found: Any) -> str:
 
 
 def _histogram(found: Any) -> str:
-    p = found.p_value[~found.trusted]
+    p = found.p_value[~found.checked]
     counts = np.histogram(p, _BINS, (0, 1))[0]
     share = found.wrong_share.estimate
     line = len(p) * (1 - (0 if np.isnan(share) else share)) / _BINS

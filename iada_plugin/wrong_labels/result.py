@@ -26,7 +26,8 @@ class WrongLabels:
         suggested: ``[R]`` what it most likely is if it is wrong: the class of the largest other logit.
         margin: ``[R]`` own logit less the largest other one, in nats; NaN of a row that was never seen.
         p_value: ``[R]`` share of right labels that look as bad or worse; 1 where a row was never seen.
-        trusted: ``[R]`` bool, rows whose label was checked; never on the list.
+        trusted: ``[R]`` bool, rows whose label was checked and found right; never on the list.
+        found_wrong: ``[R]`` bool, rows whose label was checked and found wrong; never on the list.
         false_alarms: level of the list.
         adaptive: whether the list makes use of the estimated share of right labels.
         compared: "pooled": with all trusted rows; "weighted": these weighted by class shares; "class": with those of its class.
@@ -39,23 +40,29 @@ class WrongLabels:
     margin: np.ndarray
     p_value: np.ndarray
     trusted: np.ndarray
+    found_wrong: np.ndarray
     false_alarms: float
     adaptive: bool
     compared: str
     pooled_classes: tuple[int, ...]
     class_names: tuple[str, ...]
 
+    @property
+    def checked(self) -> np.ndarray:
+        """``[R]`` bool: trusted, or found wrong."""
+        return self.trusted | self.found_wrong
+
     @functools.cached_property
     def order(self) -> np.ndarray:
-        """All rows but the trusted ones, the most suspect first: ``[R - T]`` row numbers."""
-        rows = np.flatnonzero(~self.trusted)
+        """The rows that were not checked, the most suspect first."""
+        rows = np.flatnonzero(~self.checked)
         margin = np.nan_to_num(self.margin[rows], nan=np.inf)
         return rows[np.lexsort((margin, self.p_value[rows]))]
 
     @property
     def ranking(self) -> np.ndarray:
-        """All rows, the most suspect first, trusted ones last: ``[R]`` row numbers."""
-        return np.concatenate([self.order, np.flatnonzero(self.trusted)])
+        """All rows: those found wrong, then the most suspect first, trusted ones last: ``[R]`` row numbers."""
+        return np.concatenate([np.flatnonzero(self.found_wrong), self.order, np.flatnonzero(self.trusted)])
 
     @property
     def predicted(self) -> np.ndarray:
@@ -94,7 +101,7 @@ class WrongLabels:
 
     @functools.cached_property
     def wrong_share(self) -> Share:
-        """Share of wrong labels among the rows that are not trusted: an estimate from below, since a wrong label that looks right
+        """Share of wrong labels among the rows that were not checked: an estimate from below, since a wrong label that looks right
         is counted as right."""
         return self._share(np.ones(len(self.label), dtype=bool))
 
@@ -105,7 +112,7 @@ class WrongLabels:
 
     def _share(self, rows: np.ndarray) -> Share:
         seen = np.isfinite(self.margin) & rows
-        others, own = seen & ~self.trusted, seen & self.trusted
+        others, own = seen & ~self.checked, seen & self.trusted
         return wrong_share(self.margin[others], self.label[others], self.margin[own], self.label[own])
 
     @functools.cached_property
@@ -138,10 +145,11 @@ class WrongLabels:
             "p_value": self.p_value,
             "listed": self.listed,
             "trusted": self.trusted,
+            "found_wrong": self.found_wrong,
         }
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` by row number, the most suspect first, trusted rows last."""
+        """A `pandas.DataFrame` by row number, in the order of ``ranking``."""
         import pandas
 
         frame = pandas.DataFrame(self.columns())
@@ -168,7 +176,7 @@ class WrongLabels:
 
         return pandas.DataFrame(
             {
-                "is_label_issue": self.listed,
+                "is_label_issue": self.listed | self.found_wrong,
                 "label_quality": self.p_value,
                 "given_label": self.label,
                 "predicted_label": self.predicted,
@@ -193,7 +201,7 @@ class WrongLabels:
         return write_page(self, Path(folder), samples=samples, title=title, limit=limit)
 
     def __str__(self) -> str:
-        share, n = self.wrong_share, int((~self.trusted).sum())
+        share, n = self.wrong_share, int((~self.checked).sum())
         return (
             f"{len(self)} of {n} labels are listed as wrong, at most {100 * self.false_alarms:g} % of them right (on average);"
             f" about {100 * share.estimate:.1f} % are wrong ({100 * share.low:.1f} to {100 * share.high:.1f} %)"

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from iada_plugin import find_wrong_labels
-from iada_plugin.wrong_labels import trusted_rows_needed
+from iada_plugin.runtime.samples import content_of
+from iada_plugin.wrong_labels import drawn_share, trusted_rows_needed
 from iada_plugin.wrong_labels.estimates import transition_matrix, wrong_share
 
 
@@ -224,3 +225,51 @@ def test_exchange_with_pandas_datasets_and_cleanlab():
     issues = found.to_cleanlab()
     assert list(issues.columns) == ["is_label_issue", "label_quality", "given_label", "predicted_label"]
     assert (issues.predicted_label == np.where(margins > 0, labels, 1 - labels)).all()
+
+
+def test_rows_found_wrong_are_not_judged_again():
+    draw = np.random.default_rng(0)
+    margins = np.concatenate([draw.normal(3, 1, 400), draw.normal(-4, 1, 60)])
+    labels, trusted = np.arange(460) % 2, range(100)
+    wrong = [455, 456, 457]
+    plain = find_wrong_labels(labels, trusted, margins=margins)
+    found = find_wrong_labels(labels, trusted, wrong_rows=wrong, margins=margins)
+    assert set(plain.rows) - set(found.rows) == set(wrong) <= set(plain.rows)
+    assert found.ranking[:3].tolist() == wrong and len(found.order) == 357
+    assert found.wrong_share.estimate < plain.wrong_share.estimate
+    assert found.columns()["found_wrong"].nonzero()[0].tolist() == wrong
+    mask = np.isin(np.arange(460), wrong)
+    assert find_wrong_labels(labels, trusted, wrong_rows=mask, margins=margins).rows.tolist() == found.rows.tolist()
+    nobody = find_wrong_labels(labels, trusted, wrong_rows=mask & False, margins=margins)
+    assert nobody.rows.tolist() == plain.rows.tolist()
+
+
+@pytest.mark.parametrize(
+    "labels, trusted, wrong, message",
+    [
+        ([0, 1] * 50, range(40), [39], r"row 39 is trusted and in wrong_rows"),
+        ([0, 1] * 50, range(40), [100], r"wrong_rows=\[100\]: row 100 is out of range"),
+        ([0, 1] * 50, range(60), range(60, 100), "all 100 rows are checked"),
+        ([1] * 100, range(40), None, "all labels are of class 1"),
+        (["cat", "dog"] * 50, range(40), None, "must be class indices, got 'cat': names, labels = numpy.unique"),
+    ],
+)
+def test_nothing_to_judge(labels, trusted, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        find_wrong_labels(labels, trusted, wrong_rows=wrong, margins=np.zeros(100))
+
+
+def test_the_share_of_a_random_draw():
+    share = drawn_share(12, 200)
+    assert share.estimate == 0.06
+    stats = pytest.importorskip("scipy.stats")
+    np.testing.assert_allclose(share[1:], stats.beta.ppf([0.05, 0.95], 12.5, 188.5), atol=1e-3)
+    assert drawn_share(0, 50).low == 0 and drawn_share(50, 50).high == 1
+    with pytest.raises(ValueError, match="5 of 3 checked"):
+        drawn_share(5, 3)
+
+
+def test_samples_of_a_shuffled_table_go_by_place():
+    pandas = pytest.importorskip("pandas")
+    texts = pandas.Series(["first", "second", "third"], index=[2, 0, 1])
+    assert [content_of(texts, k) for k in range(3)] == ["first", "second", "third"]
