@@ -1,23 +1,20 @@
 """Accuracy of every method on every scenario, over seeds; resumable.
 
-    python benchmarks/accuracy.py --data DATA --preset pretrained                # trusted rows; everything, one run after the other
+    python benchmarks/accuracy.py --data DATA --preset pretrained --missing --processes 2   # trusted rows; lists and runs what is absent
     python benchmarks/accuracy.py --data DATA --preset cpu --scenario cifar10_lt --method ce iada --seeds 0 1 2
     python benchmarks/accuracy.py --preset pretrained --render                   # tables from what is there
 
 DATA holds cifar10/ (Parquet files, and cifar10n.npz), mnist/ (IDX files), hatexplain/all_data_with_identities.csv and
 reuters52/reuters52.parquet; what is missing is skipped by name. Each run appends one line to
-benchmarks/results/accuracy_PRESET.jsonl; a run that is there already is not repeated, so that a killed grid goes on where it
-was, and several processes may share the work (--part 1/2, --part 2/2). Settings were chosen on validation samples
+benchmarks/results/accuracy_PRESET.jsonl; a run that is there already, of the same RESULTS_VERSION (compare/grid.py), is not repeated,
+so that a killed grid goes on where it was. Settings were chosen on validation samples
 (benchmarks/results/study.md); this script is where the test samples are used.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
-import os
-import platform
+import functools
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -26,8 +23,9 @@ from typing import Any
 import baselines
 import numpy as np
 import torch
+from compare import grid
 from compare import scenarios as make
-from compare.methods import Method, run_method, versions, with_overrides
+from compare.methods import Method, run_method, with_overrides
 from compare.scenarios import Scenario, Settings
 from scipy.stats import ttest_rel
 
@@ -187,55 +185,16 @@ PRETRAINED: dict[str, Task] = {
 PRESETS = {"cpu": CPU, "gpu": GPU, "pretrained": PRETRAINED}
 
 
-def read(path: Path) -> list[dict]:
-    """The last line of each run; half a line, left by a killed run, is passed over."""
-    runs: dict[tuple, dict] = {}
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            run = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        runs[key(run)] = run
-    return list(runs.values())
-
-
-def key(run: dict) -> tuple:
-    """What is run once. A run of other settings (of other code) takes the place of the earlier one with --again."""
-    return tuple(run.get(name) for name in ("group", "variant", "scenario", "method", "seed"))
-
-
-def append(path: Path, run: dict) -> None:
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")  # after half a line
-        file.write((json.dumps(run) + "\n").encode())
-
-
-def machine(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{os.cpu_count()} CPU cores ({platform.machine()})"
-
-
-def without_nan(value: Any) -> Any:
-    """The same with ``None`` for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and value != value else value
-
-
 #: What is kept of each fifth epoch.
 _CURVE = ("epoch", "loss", "train_accuracy", "validation", "iada/let_go")
 
 
-def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namespace) -> dict:
-    on = machine(args.device)
-    scenario = task.build(str(Path(args.data) / task.file), seed)
+def run_one(wanted: dict[str, Any], preset: str, data: str, device: str) -> dict[str, Any]:
+    """One method on one scenario with one seed."""
+    task, seed = PRESETS[preset][wanted["scenario"]], wanted["seed"]
+    scenario = task.build(str(Path(data) / task.file), seed)
     settings = with_overrides(scenario.settings, **task.settings)
-    found = run_method(scenario, METHODS[method], settings=settings, seed=seed, device=args.device)
+    found = run_method(scenario, METHODS[wanted["method"]], settings=settings, seed=seed, device=device)
     predictions = found.pop("predictions")
     curve = found["curve"]
     found["curve"] = [
@@ -249,9 +208,8 @@ def run_one(name: str, task: Task, method: str, seed: int, args: argparse.Namesp
             correct, scenario.test.groups.numpy(), scenario.score.min_size
         )
     return {
-        "scenario": name, "method": method, "seed": seed, "title": task.title, "settings": asdict(settings),
-        "rows": {"train": len(scenario.train), "meta": len(scenario.meta), "test": len(scenario.test)},
-        "versions": versions(), "machine": on, **without_nan(found),
+        "title": task.title, "settings": asdict(settings),
+        "rows": {"train": len(scenario.train), "meta": len(scenario.meta), "test": len(scenario.test)}, **found,
     }  # fmt: skip
 
 
@@ -265,7 +223,7 @@ _COLUMNS = {
 
 
 def table(runs: list[dict], task: Task) -> list[str]:
-    """One scenario: mean and standard deviation over seeds, best in bold; Meta-IADA's paired differences to each method."""
+    """One scenario: mean and standard deviation over seeds; Meta-IADA's paired differences to each method."""
     by_method = {m: sorted((r for r in runs if r["method"] == m), key=lambda r: r["seed"]) for m in METHODS}
     by_method = {m: own for m, own in by_method.items() if own}
     columns = [c for c in _COLUMNS if any(_value(r, c) is not None for r in runs)]
@@ -275,9 +233,6 @@ def table(runs: list[dict], task: Task) -> list[str]:
         if first == "accuracy":  # balanced test set: the same figure
             columns.remove("macro_accuracy")
     main = columns[0]
-    shared = set.intersection(*({r["seed"] for r in own} for own in by_method.values()))
-    means = {c: {m: np.mean([_value(r, c) for r in own if r["seed"] in shared]) for m, own in by_method.items()
-                 if all(_value(r, c) is not None for r in own)} for c in columns}  # fmt: skip
     lines = [
         "| method | seeds | "
         + " | ".join(_COLUMNS[c] for c in columns)
@@ -288,16 +243,28 @@ def table(runs: list[dict], task: Task) -> list[str]:
     for method, own in by_method.items():
         cells = []
         for c in columns:
-            if method not in means[c]:
+            if any(_value(r, c) is None for r in own):
                 cells.append("")
                 continue
             text = mean_and_spread([_value(r, c) for r in own])
-            cells.append(f"**{text}**" if shared and means[c][method] == max(means[c].values()) else text)
+            cells.append(f"**{text}**" if _best(c, method, by_method) else text)
         pairs = [(reference[r["seed"]], _value(r, main)) for r in own if r["seed"] in reference]
         cells.append("" if method == "iada" or not pairs else _difference(np.array(pairs)))
         seconds = np.median([r["seconds"] for r in own])
         lines.append(f"| {METHODS[method].title} | {len(own)} | " + " | ".join(cells) + f" | {seconds:.0f} |")
     return lines
+
+
+def _best(column: str, method: str, by_method: dict[str, list[dict]]) -> bool:
+    """Whether a method is above each other one (but the oracle) at p < 0.05, paired over the seeds that both have."""
+    own = {r["seed"]: _value(r, column) for r in by_method[method]}
+    for name, runs in by_method.items():
+        pairs = np.array([(own[r["seed"]], _value(r, column)) for r in runs if r["seed"] in own], dtype=float)
+        if name in (method, "oracle"):
+            continue
+        if len(pairs) < 3 or not pairs[:, 0].mean() > pairs[:, 1].mean() or not _p_value(pairs) < 0.05:
+            return False
+    return True
 
 
 def mean_and_spread(values: list[float]) -> str:
@@ -332,8 +299,13 @@ def _difference(pairs: np.ndarray) -> str:
     difference = 100 * (pairs[:, 0] - pairs[:, 1])
     text = f"{difference.mean():+.1f} ({', '.join(f'{d:+.1f}' for d in difference)}"
     if len(difference) > 2 and difference.std() > 0:
-        text += f"; p = {ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue:.2g}"
+        text += f"; p = {_p_value(pairs):.2g}"
     return text + ")"
+
+
+def _p_value(pairs: np.ndarray) -> float:
+    """Of a paired t-test, two-sided."""
+    return float(ttest_rel(pairs[:, 0], pairs[:, 1]).pvalue)
 
 
 _DATA = {
@@ -345,10 +317,10 @@ _DATA = {
 
 
 def render(preset: str, folder: Path) -> str:
-    runs = read(folder / f"accuracy_{preset}.jsonl")
+    runs = grid.read(folder / f"accuracy_{preset}.jsonl")
     tasks = PRESETS[preset]
     text = [f"# Accuracy, preset {preset}", "",
-            "Test figures in %, mean and standard deviation over seeds, best in bold (over the seeds that all methods have)."
+            "Test figures in %, mean and standard deviation over seeds; in bold what is above every other method at p < 0.05 (paired t-test)."
             " Every method of a table has the same weights at the start, the same epochs and the same optimizer. "
             f"{_DATA[preset == 'pretrained']} GroupDRO and LISA are told the groups"
             " of the training samples, the others are not. The last but one column gives Meta-IADA's difference on each seed"
@@ -358,9 +330,11 @@ def render(preset: str, folder: Path) -> str:
             f" [accuracy_{preset}.jsonl](accuracy_{preset}.jsonl)."]  # fmt: skip
     for name, task in tasks.items():
         failed = [f"{METHODS[r['method']].title}, seed {r['seed']}: {r['error']}" for r in runs if r["scenario"] == name and "error" in r]  # fmt: skip
-        own = [r for r in runs if r["scenario"] == name and "error" not in r]
+        every = [r for r in runs if r["scenario"] == name and "error" not in r]
+        own = grid.of_one_version(every)
         if not own:
             continue
+        older = f" {len(every) - len(own)} runs of earlier code are left out." if len(every) > len(own) else ""
         # A setting that has gone since a run was made (the loading of files) made no difference here.
         settings = [{f.name: r["settings"].get(f.name) for f in fields(Settings)} for r in own]
         if any(s != settings[0] for s in settings):
@@ -368,7 +342,8 @@ def render(preset: str, folder: Path) -> str:
         rows = own[0]["rows"]
         text += ["", f"## {task.title}", "", *table(own, task), *intervals(own), "",
                  f"{rows['train']} training, {rows['meta']} meta and {rows['test']} test samples; {own[0]['machine']};"
-                 f" torch {own[0]['versions']['torch']}. Settings: `{_short(own[0]['settings'])}`.",
+                 f" torch {own[0]['versions']['torch']}, results version {grid.results_version(own[0])},"
+                 f" commits {', '.join(sorted({str(r.get('commit', 'not recorded')) for r in own}))}.{older} Settings: `{_short(own[0]['settings'])}`.",
                  *([""] if failed else []), *(f"Failed: {line}." for line in failed)]  # fmt: skip
     return "\n".join(text) + "\n"
 
@@ -385,16 +360,10 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", help="default: all")
     parser.add_argument("--method", nargs="+", choices=list(METHODS), help="default: those of the scenario")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth run")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--again", action="store_true", help="repeat what is there; the new run takes the old one's place"
-    )
-    parser.add_argument("--render", action="store_true", help="only write the tables")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
+    grid.add_arguments(parser)
     args = parser.parse_args()
-    args.results.mkdir(parents=True, exist_ok=True)
-    path = args.results / f"accuracy_{args.preset}.jsonl"
     if not args.render:
         if not args.data:
             parser.error("--data is needed: the folder that holds cifar10/, mnist/, ...")
@@ -402,28 +371,15 @@ def main() -> None:
         unknown = set(args.scenario or []) - set(tasks)
         if unknown:
             parser.error(f"no scenario {', '.join(unknown)}; there are {', '.join(tasks)}")
-        grid = [
-            (name, method, seed)
-            for name in args.scenario or tasks
-            for seed in args.seeds
-            for method in args.method or tasks[name].methods
-        ]
-        part, parts = map(int, args.part.split("/"))
-        for number, (name, method, seed) in enumerate(grid):
-            if number % parts != part - 1:
-                continue
+        wanted = []
+        for name in args.scenario or tasks:
             if not (Path(args.data) / tasks[name].file).exists():
                 print(f"skipped {name}: no {tasks[name].file} in {args.data}")
                 continue
-            wanted = {"scenario": name, "method": method, "seed": seed}
-            if not args.again and key(wanted) in {key(r) for r in read(path)}:
-                continue
-            print(f"[{number + 1}/{len(grid)}] {name}, {METHODS[method].title}, seed {seed}", flush=True)
-            try:
-                append(path, run_one(name, tasks[name], method, seed, args))
-            except (RuntimeError, ValueError) as error:  # one run that diverges must not stop the grid at every start
-                append(path, {**wanted, "error": f"{type(error).__name__}: {error}"})
-                print(f"failed, and not tried again without --again: {error}", flush=True)
+            wanted += [{"scenario": name, "method": method, "seed": seed}
+                       for seed in args.seeds for method in args.method or tasks[name].methods]  # fmt: skip
+        run = functools.partial(run_one, preset=args.preset, data=args.data, device=args.device)
+        grid.run_absent(wanted, run, args.results / f"accuracy_{args.preset}.jsonl", args, args.device)
     text = render(args.preset, args.results)
     (args.results / f"accuracy_{args.preset}.md").write_text(text)
     print(text)

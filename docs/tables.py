@@ -100,7 +100,7 @@ def logits_cost() -> str:
 def approximations() -> str:
     """The group "cost" of benchmarks/study.py."""
     study = _benchmark("study")
-    runs = [r for r in study.accuracy.read(RESULTS / "study_cpu.jsonl") if r["group"] == "cost"]
+    runs = [r for r in study.grid.read(RESULTS / "study_cpu.jsonl") if r["group"] == "cost"]
     text = []
     for task in study.GROUPS["cost"][1]:
         own = [r for r in runs if r["scenario"] == task]
@@ -111,7 +111,7 @@ def approximations() -> str:
 def wrong_labels() -> str:
     """benchmarks/suspects.py: the promise, rankings, and where it bends."""
     suspects = _benchmark("suspects")
-    return suspects.summary(suspects.read(RESULTS / "suspects_cpu.jsonl"))
+    return suspects.summary(suspects.grid.read(RESULTS / "suspects_cpu.jsonl"))
 
 
 Seeds = dict[int, float]
@@ -150,7 +150,7 @@ def results() -> str:
 def _compared(preset: str, tasks: dict[str, tuple[str, str]], head: str, shown: list[str], oracle: str) -> str:
     """benchmarks/accuracy.py: a task a row; some methods, whichever other one is best on the test samples, and the oracle."""
     accuracy = _benchmark("accuracy")
-    runs = accuracy.read(RESULTS / f"accuracy_{preset}.jsonl")
+    runs = accuracy.grid.of_one_version(accuracy.grid.read(RESULTS / f"accuracy_{preset}.jsonl"))
     titles = [head, *(accuracy.METHODS[m].title for m in shown), "best other method", oracle]
     lines = [_line(titles), _line(["---"] * len(titles))]
     for task, (title, metric) in tasks.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
-from iada_plugin import __version__
 from iada_plugin.config import IADAConfig
 from iada_plugin.criterion import MetaIADA
 from iada_plugin.meta.schedules import SCHEDULES
@@ -241,11 +239,6 @@ def _noise_auroc(criterion: Any, train: Samples) -> float | None:
     if signal is None or train.clean is None or not bool((wrong := train.clean != train.y).any()):
         return None
     return auroc(signal.cpu().numpy(), wrong.cpu().numpy())
-
-
-def versions() -> dict[str, str]:
-    """Of what a result depends on."""
-    return {"iada_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def with_overrides(settings: Settings, **overrides: Any) -> Settings:

@@ -32,7 +32,7 @@ def small(monkeypatch, tmp_path):
 
 def test_the_benchmark(small, capsys):
     suspects.main()
-    runs = suspects.read(small / "s.jsonl")
+    runs = suspects.grid.read(small / "s.jsonl")
     assert [(r["cell"], r["seed"]) for r in runs] == [("worst", 0), ("worst", 1)]
     for r in runs:
         assert r["ours"]["200"]["out of sample"]["auroc"] > 0.95
