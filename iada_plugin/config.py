@@ -27,6 +27,10 @@ class IADAConfig:
         0.5, "Weight of the variance term; 0 switches it off. Sensible: 0.25 to 0.75 (tune over 0.1 to 1)."
     )
     beta: float = _setting(1.0, "Weight of the class-prior term; 0 switches it off. Sensible: 0.75 to 1.25.")
+    label_smoothing: float = _setting(
+        0.0,
+        "Share of the target that is spread over all classes alike, in warm-up and afterwards; the perturbation is the label's.",
+    )
     warmup_ratio: float | None = _setting(
         None,
         "Share of the run that is warm-up, without perturbation. Default: 0.8; with trusted rows the warm-up ends one epoch after the"
@@ -147,6 +151,7 @@ class IADAConfig:
         self.epsilon_range = (low, high)
         self._check("alpha", self.alpha >= 0, "at least 0")
         self._check("beta", self.beta >= 0, "at least 0")
+        self._check("label_smoothing", 0 <= self.label_smoothing < 1, "in [0, 1), such as 0.1")
         wanted = "None or in [0, 1), such as 0.8 for 80 %"
         self._check("warmup_ratio", self.warmup_ratio is None or 0 <= self.warmup_ratio < 1, wanted)
         self._check("gate_level", 0 < self.gate_level < 1, "in (0, 1), such as 0.2")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import IADAConfig
-from .functional.labels import check_labels, is_soft
+from .functional.labels import check_labels, hard_labels, is_soft, smoothing_of
 from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
 from .head.layer import in_label_order
 from .meta.learner import MetaLearner, mean_loss
@@ -300,7 +300,8 @@ class MetaIADA(Guest):
             Scalar.
 
         Raises:
-            ValueError: labels that are no class indices, soft targets after the warm-up, or ids that are no row numbers.
+            ValueError: labels that are no class indices, soft targets after the warm-up or with trusted rows (one-hot ones, smoothed by
+                ``label_smoothing``, are class indices), or ids that are no row numbers.
             RuntimeError: ``output`` does not come from this model's classifier.
         """
         if self._closed:
@@ -374,7 +375,10 @@ class MetaIADA(Guest):
                 " gives them with each batch."
             )
         if is_soft(target, output):
-            return self._soft_target_loss(output, target)
+            labels = hard_labels(target, self.config.label_smoothing)
+            if labels is None:
+                return self._soft_target_loss(output, target)
+            target = labels
         check_labels(target, output.shape[0], output.shape[1], always=self.step == 0)
         target = target.long()
         if self.in_warmup:
@@ -382,7 +386,9 @@ class MetaIADA(Guest):
             collects = watched or step.number >= self.warmup.statistics_start
             samples = self.statistics.observe(forward, target, characteristics=collects)
             weight = self._follow(samples, forward, target, ids)
-            loss = mean_loss(self._with_prior(output.to(forward.dtype)), target, denominator, weight)
+            loss = mean_loss(
+                self._with_prior(output.to(forward.dtype)), target, denominator, weight, self.config.label_smoothing
+            )
             self._note(samples, torch.zeros_like(samples["loss"]) if watched else None, weight, forward, ids)
             return loss
         return self._augmented_loss(forward, target, denominator, ids)
@@ -484,12 +490,23 @@ class MetaIADA(Guest):
         return output + self.config.beta * self.statistics.log_prior().to(output.dtype)
 
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        smoothing, expected = smoothing_of(target), self.config.label_smoothing
+        if smoothing is not None and abs(smoothing - expected) > 1e-2:
+            raise ValueError(
+                f"targets are smoothed by {smoothing:g}, and label_smoothing is {expected:g}: pass"
+                f" IADAConfig(label_smoothing={smoothing:g}), so that unmixed samples are trained alike."
+            )
+        if self.reference is not None:
+            raise ValueError(
+                f"soft targets {list(target.shape)} with trusted rows: a mixed sample has no label of its own that could be right or"
+                " wrong. Switch mixup and cutmix off (timm: --mixup 0 --cutmix 0)."
+            )
         if self.step < self.warmup.statistics_start:
             return F.cross_entropy(self._with_prior(output.float()), target.float())
         raise ValueError(
             f"soft targets {list(target.shape)} at step {self.step}: from step {self.warmup.statistics_start} on, where class"
-            " statistics are collected before the warm-up ends, IADA needs class indices. Switch mixup and cutmix off by"
-            " then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0)."
+            " statistics are collected before the warm-up ends, IADA needs class indices: a mixed sample has the features of no class,"
+            " and no perturbation within one. Switch mixup and cutmix off by then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0)."
         )
 
     # ------------------------------------------------------------------------------------------------ the end of a step
@@ -541,6 +558,11 @@ class MetaIADA(Guest):
             forward = step.forward
             self._commit()
             self._step.forward = forward
+
+    @property
+    def metric_names(self) -> list[str]:
+        """All that :meth:`pop_metrics` may give."""
+        return [*self.learner.log.names, *(["iada/let_go"] if self.reference is not None else []), "iada/skipped_steps"]
 
     def pop_metrics(self) -> dict[str, float]:
         """Averages since the last call: ``iada/epsilon_mean``, ``iada/epsilon_std``, ``iada/adversarial_ratio`` (share

@@ -237,9 +237,10 @@ for after in (0, 1):
         ("short", Y[:5], r"shape \[5\]"), ("float", Y.float(), r"torch.float32.*labels.long\(\)"), ("bool", Y > 0, "torch.bool"),
         ("-1", Y - 1, "label -1 is out of range"), ("C", Y + 1, "label 3 is out of range.*0 to 2"), ("number", torch.tensor(1), r"shape \[\]"),
         ("-100", torch.where(Y == 2, -100, Y), "label -100"), ("column", Y[:, None], r"\[12, 1\].*squeeze"), ("one-hot", F.one_hot(Y, 3), "argmax"),
-        ("soft", F.one_hot(Y, 3).float(), r"soft targets \[12, 3\].*mixup"),
+        ("mixed", 0.7 * F.one_hot(Y, 3) + 0.3 * F.one_hot(Y.flip(0), 3), r"soft targets \[12, 3\].*mixup"),
     ):
         row(f"{when}: labels {name}", lambda t, a=after, y=labels: loss(a, y), ValueError, pattern)
+    row(f"{when}: labels hot", lambda t, a=after: torch.equal(loss(a, F.one_hot(Y, 3).float()), loss(a, Y)), "right")
     for dtype in (torch.int8, torch.uint8, torch.int16, torch.int32):
         row(f"{when}: labels {dtype}", lambda t, a=after, d=dtype: torch.equal(loss(a, Y.to(d)), loss(a, Y)), "right")
     for name, labels in {"list": Y.tolist(), "array": Y.numpy(), "none": None}.items():

@@ -401,10 +401,16 @@ def test_bad_labels(labels, message, warm):
         iada(model(vectors(4)[0]), labels)
 
 
+def mixed(y, smoothing=0.0, share=0.7):
+    """Targets of mixup: of each sample and its neighbour."""
+    own, other = F.one_hot(y, 3).float(), F.one_hot(y.flip(0), 3).float()
+    return (1 - smoothing) * (share * own + (1 - share) * other) + smoothing / 3
+
+
 def test_soft_targets_train_until_statistics_are_collected():
     model, iada = criterion(warmup=3)
     x, y = vectors(4)
-    soft = F.one_hot(y, 3).float() * 0.9 + 0.1 / 3
+    soft = mixed(y)
     for _ in range(2):
         loss = iada(model(x), soft)
         torch.testing.assert_close(loss, F.cross_entropy(model(x), soft))
@@ -413,6 +419,51 @@ def test_soft_targets_train_until_statistics_are_collected():
     with pytest.raises(ValueError, match=r"from step 2 on.*mixup-off-epoch"):
         iada(model(x), soft)
     assert iada(model(x), y).isfinite()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_one_hot_targets_are_class_indices(smoothing):
+    """timm's mixup gives them once it is switched off: through warm-up, statistics and meta steps."""
+    runs = []
+    for hot in (True, False):
+        torch.manual_seed(0)
+        model, iada = criterion(warmup=2, label_smoothing=smoothing)
+        losses = []
+        for k in range(4):
+            x, y = vectors(8, seed=k)
+            target = (1 - smoothing) * F.one_hot(y, 3).float() + smoothing / 3 if hot else y
+            loss = iada(model(x), target)
+            iada.optimizer.zero_grad()
+            loss.backward()
+            iada.optimizer.step()
+            losses.append(float(loss))
+        assert iada.epsilon is not None
+        runs.append(losses)
+    assert runs[0] == runs[1]
+
+
+def test_label_smoothing_of_the_warm_up_is_torchs():
+    model, iada = criterion(warmup=3, label_smoothing=0.2)
+    x, y = vectors(8)
+    torch.testing.assert_close(iada(model(x), y), F.cross_entropy(model(x), y, label_smoothing=0.2))
+    with torch.no_grad():
+        model.eval()
+        torch.testing.assert_close(iada(model(x), y), F.cross_entropy(model(x), y))  # validation is plain
+
+
+@pytest.mark.parametrize("configured, given", [(0.0, 0.1), (0.1, 0.0), (0.1, 0.2)])
+@pytest.mark.parametrize("kind", ["mixed", "one-hot"])
+def test_smoothing_by_another_share_is_said_at_the_first_batch(configured, given, kind):
+    model, iada = criterion(warmup=3, label_smoothing=configured)
+    x, y = torch.randn(4, 6), torch.tensor([0, 1, 2, 2])
+    with pytest.raises(ValueError, match=rf"smoothed by {given:g}, and label_smoothing is {configured:g}"):
+        iada(model(x), mixed(y, given, 0.7 if kind == "mixed" else 1.0))
+
+
+def test_soft_targets_of_many_classes_are_trained_in_warm_up():
+    model, iada = criterion(warmup=3)
+    x, soft = vectors(4)[0], torch.rand(4, 3).softmax(dim=1)
+    torch.testing.assert_close(iada(model(x), soft), F.cross_entropy(model(x), soft))
 
 
 def test_nan_features_give_a_nan_loss_and_stay_out_of_the_statistics():

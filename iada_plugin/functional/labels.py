@@ -11,6 +11,22 @@ def is_soft(target: Tensor, output: Tensor) -> bool:
     return target.is_floating_point() and target.shape == output.shape
 
 
+def hard_labels(target: Tensor, smoothing: float) -> Tensor | None:
+    """The class indices ``[N]`` of one-hot targets ``[N, C]``, smoothed by ``smoothing``; ``None`` where they are anything else.
+    timm's mixup gives such ones once it is switched off."""
+    labels = target.argmax(dim=1)
+    expected = torch.full_like(target, smoothing / target.shape[1])
+    expected.scatter_(1, labels[:, None], 1 - smoothing + smoothing / target.shape[1])
+    return labels if torch.allclose(target, expected, rtol=0, atol=2e-3) else None
+
+
+def smoothing_of(target: Tensor) -> float | None:
+    """By how much soft targets ``[N, C]`` of one class each, or of two that are mixed, are smoothed; ``None`` where it does not show."""
+    least, num_classes = target.min(), target.shape[1]
+    classes = int((target > least + 1e-3).sum(dim=1).max())
+    return None if classes > min(2, num_classes - 1) else round(float(least) * num_classes, 2)
+
+
 def check_labels(labels: Tensor, n: int, num_classes: int, *, always: bool) -> None:
     """Labels are ``[n]`` class indices below ``num_classes``.
 

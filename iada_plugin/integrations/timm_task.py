@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,17 +25,20 @@ except ImportError as error:
     ) from error
 
 
+_NO_OPTIMIZER = "MetaIADATask has no optimizer yet: pass optimizer=..., or call task.set_optimizer(...)."
+
+
 class MetaIADATask(ClassificationTask):
     """timm's `ClassificationTask` with Meta-IADA as the criterion.
 
-    Make it before EMA, ``compile`` and DDP are set up, as any task. Label smoothing and losses other than cross-entropy
-    are refused; mixup and cutmix may run until class statistics are collected, one epoch before the warm-up ends
+    Make it before EMA, ``compile`` and DDP are set up, as any task. Label smoothing is that of the criterion; losses other than
+    cross-entropy are refused; mixup and cutmix may run until class statistics are collected, one epoch before the warm-up ends
     (``--mixup-off-epoch``).
 
     Args:
         model: the model; its classifier is converted in place.
-        criterion: must be ``None`` or ``nn.CrossEntropyLoss()``.
-        criterion_kwargs: as for `ClassificationTask`; "ce" without smoothing or soft targets.
+        criterion: ``None`` or a cross-entropy, of which only the label smoothing is used: train.py's ``train_loss_fn``.
+        criterion_kwargs: as for `ClassificationTask`; "ce" only.
         device, dtype, verbose: as for `ClassificationTask`.
         optimizer: the optimizer that trains ``model``; where it is made after the task, call :meth:`set_optimizer`.
         meta_loader, train_set, trusted_rows, steps_per_epoch, class_counts, epochs, config, classifier, characteristics: as for
@@ -66,8 +70,9 @@ class MetaIADATask(ClassificationTask):
         classifier: str | nn.Module | None = None,
         characteristics: Sequence[Characteristic] = DEFAULT_CHARACTERISTICS,
     ) -> None:
-        _check_criterion(criterion, criterion_kwargs or {})
         config = IADAConfig.of(config)
+        if smoothing := _smoothing(criterion, criterion_kwargs or {}):
+            config = replace(config, label_smoothing=smoothing)
         if optimizer is None:  # else said by the engine, below
             WarmUp(config.resolved(trusted_rows is not None), steps_per_epoch, epochs)
         # The base class holds the plain criterion; training calls the engine.
@@ -111,12 +116,23 @@ class MetaIADATask(ClassificationTask):
             RuntimeError: no optimizer was given.
         """
         if self.engine is None:
-            raise RuntimeError(
-                "MetaIADATask has no optimizer yet: pass optimizer=..., or call task.set_optimizer(...)."
-            )
+            raise RuntimeError(_NO_OPTIMIZER)
         output = self.trainable_module(input)
         labels, rows = split_target(target)
         return {"loss": self.engine(output, labels, ids=rows), "output": output}
+
+    def pop_metrics(self) -> dict[str, float]:
+        """`MetaIADA.pop_metrics` under the same names in every epoch, NaN of what there is not yet: train.py's summary.csv has the
+        columns of its first row.
+
+        Raises:
+            RuntimeError: no optimizer was given.
+        """
+        if self.engine is None:
+            raise RuntimeError(_NO_OPTIMIZER)
+        names = self.engine.metric_names
+        found = self.engine.pop_metrics()
+        return {name: found.get(name, float("nan")) for name in names}
 
     def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict[str, Any]:
         """Meta-IADA's part of a checkpoint: plain tensors. The EMA model has none."""
@@ -146,17 +162,20 @@ class MetaIADATask(ClassificationTask):
             self.engine.load_state_dict(state["iada"])
 
 
-def _check_criterion(criterion: Any, kwargs: dict[str, Any]) -> None:
-    """Only cross-entropy on class indices has IADA logits."""
-    plain = isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None and criterion.label_smoothing == 0
-    if criterion is not None and not plain:
+def _smoothing(criterion: Any, kwargs: dict[str, Any]) -> float:
+    """By how much train.py's criterion smooths labels; only cross-entropy has IADA logits."""
+    kind = type(criterion)
+    plain = isinstance(criterion, nn.CrossEntropyLoss) and criterion.weight is None
+    timms = kind.__module__.startswith("timm.loss") and kind.__name__ in (
+        "LabelSmoothingCrossEntropy",
+        "SoftTargetCrossEntropy",
+    )
+    if criterion is not None and not (plain or timms):
         raise ValueError(
-            f"criterion={type(criterion).__name__}: IADA is the criterion. Pass none; in train.py set --smoothing 0 and"
-            " leave --bce-loss and --jsd-loss out."
+            f"criterion={kind.__name__}: IADA is the loss, in the place of a cross-entropy. Leave --bce-loss and --jsd-loss out, and"
+            " class weights (the class prior is in it: beta)."
         )
-    if kwargs.get("smoothing"):
-        raise ValueError(f"smoothing={kwargs['smoothing']}: IADA needs hard labels; run train.py with --smoothing 0.")
     if kwargs.get("loss_type") not in (None, "ce"):
         raise ValueError(f"loss_type={kwargs['loss_type']!r}: IADA is the loss; leave --bce-loss and the like out.")
-    if kwargs.get("soft_targets"):
-        raise ValueError("soft_targets: switch mixup and cutmix off (--mixup 0 --cutmix 0).")
+    own = getattr(criterion, "label_smoothing", getattr(criterion, "smoothing", 0.0))
+    return float(own or kwargs.get("smoothing") or 0.0)

@@ -464,7 +464,8 @@ class MetaIADACallback(TrainerCallback):
 
 _LOSS_OUTSIDE = (
     "the labels do not reach the model, so its loss cannot be replaced: label_smoothing_factor, compute_loss_func or a"
-    " compute_loss of your own moves the loss out of it. IADA is the loss: set label_smoothing_factor=0 and use neither."
+    " compute_loss of your own moves the loss out of it. IADA is the loss: use neither, set label_smoothing_factor=0, and smooth labels by"
+    " IADAConfig(label_smoothing=...)."
 )
 
 

@@ -43,16 +43,20 @@ class HeadProblem(NamedTuple):
     logits_dot: Tensor
     push: Tensor  # [N, C] d logits / d epsilon, and its tangent; no tangent where the shift is fixed
     push_dot: Tensor | None
+    smoothing: float  # of the labels
 
 
 @torch.no_grad()
-def head_problem(layer: HeadTangent, labels: Tensor, fixed_shift: bool = False, in_margin: bool = False) -> HeadProblem:
+def head_problem(
+    layer: HeadTangent, labels: Tensor, fixed_shift: bool = False, in_margin: bool = False, smoothing: float = 0.0
+) -> HeadProblem:
     """Prepare :func:`head_hypergradient`.
 
     Args:
         layer: the last layer's input and parameters with their tangents.
         labels: ``[N]``.
         fixed_shift, in_margin: as in :func:`iada_plugin.functional.iada_logits`.
+        smoothing: share of the target that lies on all classes alike.
     """
     features, weight, bias, features_dot, weight_dot, bias_dot = layer
     classes, inverse = present_classes(labels, weight.shape[0])
@@ -61,7 +65,7 @@ def head_problem(layer: HeadTangent, labels: Tensor, fixed_shift: bool = False, 
     logits_dot = features_dot @ weight.T + F.linear(features, weight_dot, bias_dot)
     push = scale[:, None] * (direction @ weight.T)
     push_dot = None if fixed_shift else scale[:, None] * (direction @ weight_dot.T)
-    return HeadProblem(weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot)
+    return HeadProblem(weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot, smoothing)
 
 
 @torch.no_grad()
@@ -87,7 +91,7 @@ def head_hypergradient(
     Returns:
         ``[N]`` for epsilon; for the covariances of ``problem.classes``, in their form, ``None`` with ``alpha = 0``.
     """
-    weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot = problem
+    weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot, smoothing = problem
     n = labels.numel()
     logits = logits + epsilon[:, None] * push
     if push_dot is not None:
@@ -100,7 +104,11 @@ def head_hypergradient(
     if beta != 0:
         logits = logits + beta * log_prior
     q = logits.softmax(dim=1)
-    residual = q.scatter_add(1, labels[:, None], -torch.ones_like(q[:, :1]))  # dL/dz = q - e_y
+    residual = q.scatter_add(
+        1, labels[:, None], torch.full_like(q[:, :1], smoothing - 1)
+    )  # dL/dz = q - e_y, unsmoothed
+    if smoothing:
+        residual = residual - smoothing / q.shape[1]
     # The tangent of q: (diag(q) - q q^T) z_dot.
     q_dot = q * (logits_dot - (q * logits_dot).sum(dim=1, keepdim=True))
     if sample_weight is not None:
@@ -142,7 +150,7 @@ def pull_gradient(
     Returns:
         ``[N]``, of mean square 1.
     """
-    weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot = problem
+    weight, weight_dot, labels, classes, inverse, logits, logits_dot, push, push_dot, smoothing = problem
     if alpha != 0:
         own = as_covariance(covariance).take(classes)
         logits = logits + alpha * own.variance_term(weight, classes)[inverse]
@@ -154,7 +162,8 @@ def pull_gradient(
         e = torch.as_tensor(e, dtype=logits.dtype, device=logits.device).expand(len(labels))[:, None]
         z_dot = logits_dot if push_dot is None else logits_dot + e * push_dot
         q = (logits + e * push).softmax(dim=1)
-        loss_dot = (q * z_dot).sum(dim=1) - z_dot.gather(1, labels[:, None]).squeeze(1)
+        aim_dot = torch.lerp(z_dot.gather(1, labels[:, None]).squeeze(1), z_dot.mean(dim=1), smoothing)
+        loss_dot = (q * z_dot).sum(dim=1) - aim_dot
         pull = 1 - q.gather(1, labels[:, None]).squeeze(1)
         return (loss_dot, pull) if sample_weight is None else (loss_dot * sample_weight, pull * sample_weight)
 

@@ -23,18 +23,22 @@ from .tangents import Tangent
 
 
 def mean_loss(
-    logits: Tensor, labels: Tensor, denominator: Tensor | float | None, sample_weight: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    denominator: Tensor | float | None,
+    sample_weight: Tensor | None = None,
+    smoothing: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy: the mean, or the sum over ``denominator``. A sample that is let go (``sample_weight`` ``[N]`` of 0) still
+    """Cross-entropy, of labels smoothed by ``smoothing``: the mean, or the sum over ``denominator``. A sample that is let go (``sample_weight`` ``[N]`` of 0) still
     counts in the mean, so that nothing depends on how a batch is cut."""
     if sample_weight is not None:
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         # Not a product alone: what is let go may be infinite.
         total = torch.where(sample_weight > 0, losses * sample_weight, 0).sum()
         return total / (len(labels) if denominator is None else denominator)
     if denominator is None:
-        return F.cross_entropy(logits, labels)
-    return F.cross_entropy(logits, labels, reduction="sum") / denominator
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing) / denominator
 
 
 class MetaLearner:
@@ -91,7 +95,8 @@ class MetaLearner:
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """IADA loss of a batch: its mean, or its sum over ``denominator``, of samples with a ``sample_weight`` ``[N]``."""
-        return mean_loss(self.logits(features, labels, epsilon), labels, denominator, sample_weight)
+        logits = self.logits(features, labels, epsilon)
+        return mean_loss(logits, labels, denominator, sample_weight, self.config.label_smoothing)
 
     @torch.no_grad()
     def displacement(self, logits: Tensor, labels: Tensor, epsilon: Tensor) -> Tensor:
@@ -152,8 +157,9 @@ class MetaLearner:
     def learn(self, layer: hg.HeadTangent, labels: Tensor, f: Tensor, fine: Tensor, eta: float) -> Tensor:
         """The steps themselves, from the last layer's tangent; whether everything was finite, ``[]``. Where not, all stays as it
         was. A subclass may learn something else here."""
-        problem = hg.head_problem(layer, labels, self.config.fixed_shift, self._in_margin)
-        for _ in range(self.config.meta_every):
+        config = self.config
+        problem = hg.head_problem(layer, labels, config.fixed_shift, self._in_margin, config.label_smoothing)
+        for _ in range(config.meta_every):
             fine = self._learn_once(problem, f, fine, eta)
         return fine
 

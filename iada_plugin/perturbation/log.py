@@ -17,6 +17,12 @@ class EpsilonLog:
         self.num_classes = num_classes if num_classes <= 10 else 0
         self._sums: dict[str, Tensor] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """All that :meth:`pop` may give."""
+        alone = ["iada/epsilon_mean", "iada/epsilon_std", "iada/adversarial_ratio", "iada/meta_loss"]
+        return alone + [f"{alone[k]}/{c}" for c in range(self.num_classes) for k in (0, 2)]
+
     @torch.no_grad()
     def add(self, epsilon: Tensor, labels: Tensor, weight: Tensor) -> None:
         """Count the epsilon ``[N]`` of samples with labels ``[N]``, whose ``weight`` ``[N]`` of 0 and 1 tells which count."""

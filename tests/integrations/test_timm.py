@@ -1,5 +1,6 @@
 """timm models, timm's task and its EMA."""
 
+import csv
 import importlib.util
 import sys
 import warnings
@@ -155,15 +156,60 @@ def test_task_warm_up_is_the_plain_task():
 
 @needs_task
 @pytest.mark.parametrize("arguments,message", [
-    ({"criterion_kwargs": {"smoothing": 0.1}}, "--smoothing 0"),
     ({"criterion_kwargs": {"loss_type": "bce"}}, "--bce-loss"),
-    ({"criterion_kwargs": {"soft_targets": True}}, "--mixup 0"),
     ({"criterion": nn.BCEWithLogitsLoss()}, "--bce-loss"),
-    ({"criterion": nn.CrossEntropyLoss(label_smoothing=0.1)}, "--smoothing 0"),
+    ({"criterion": nn.CrossEntropyLoss(weight=torch.ones(4))}, "class weights"),
 ])  # fmt: skip
 def test_task_refuses_other_losses_by_the_flags_name(arguments, message):
     with pytest.raises(ValueError, match=message):
         MetaIADATask(resnet(), **arguments, **options())
+
+
+@needs_task
+@pytest.mark.parametrize(
+    "criterion", [nn.CrossEntropyLoss(label_smoothing=0.1), "LabelSmoothingCrossEntropy", "kwargs"]
+)
+def test_task_smooths_labels_as_the_criterion_does(criterion):
+    from timm.loss import LabelSmoothingCrossEntropy
+
+    model = resnet()
+    arguments = {"criterion_kwargs": {"smoothing": 0.1}} if criterion == "kwargs" else {"criterion": criterion}
+    if criterion == "LabelSmoothingCrossEntropy":
+        arguments = {"criterion": LabelSmoothingCrossEntropy(0.1)}
+    config = IADAConfig(warmup_epochs=2, prior_in_warmup=False)
+    task = MetaIADATask(
+        model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), **arguments, **options(config=config)
+    )
+    x, y = batch()
+    result = task(x, y)
+    torch.testing.assert_close(result["loss"], LabelSmoothingCrossEntropy(0.1)(result["output"], y))
+    assert task.engine.config.label_smoothing == 0.1
+
+
+@needs_task
+def test_task_in_the_loop_of_train_py(tmp_path):
+    """As timm's script has it: --mixup 0.2 --mixup-off-epoch 1 --smoothing 0.1 (its default), and a summary.csv."""
+    from timm.data import Mixup
+    from timm.utils import update_summary
+
+    model, mixup = resnet(), Mixup(mixup_alpha=0.2, label_smoothing=0.1, num_classes=4)
+    task = MetaIADATask(model, criterion_kwargs={"smoothing": 0.1, "soft_targets": True}, **options(config=IADAConfig(warmup_epochs=2), epochs=4, steps_per_epoch=2))  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    task.set_optimizer(optimizer)
+    for epoch in range(4):
+        if epoch == 1:
+            mixup.mixup_enabled = False
+        for seed in range(2):
+            x, y = batch(seed=seed)
+            loss = task(*mixup(x, y))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        update_summary(epoch, {"loss": float(loss), **task.pop_metrics()}, {"top1": 50.0}, tmp_path / "summary.csv")
+    with open(tmp_path / "summary.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [r["eval_top1"] for r in rows] == ["50.0"] * 4
+    assert rows[0]["train_iada/epsilon_mean"] == "nan" and float(rows[3]["train_iada/epsilon_mean"]) ** 2 <= 1
 
 
 @needs_task

@@ -72,7 +72,7 @@ class MetaStep:
         factor = head.covariance_factor
         return found if factor is None else found + factor @ factor.mT
 
-    def train_losses(self, values, epsilon, sigma):
+    def train_losses(self, values, epsilon, sigma, smoothing=None):
         """IADA losses ``[N]`` of the training batch, the direction from autograd and the rest by loops."""
         (x, y), config = self.train, self.config
         weight, bias = values["fc.weight"], values["fc.bias"]
@@ -89,7 +89,9 @@ class MetaStep:
         z = F.linear(h, weight, bias) + F.linear(shift, weight.detach() if config.fixed_shift else weight)
         prior = torch.tensor([8.0, 5.0, 3.0], dtype=torch.float64).div(16).log()
         z = z + config.alpha * naive_variance_term(weight, y, sigma) + config.beta * prior
-        return F.cross_entropy(z, y, reduction="none")
+        s = config.label_smoothing if smoothing is None else smoothing
+        target = (1 - s) * F.one_hot(y, z.shape[1]).to(z) + s / z.shape[1]
+        return -(target * z.log_softmax(dim=1)).sum(dim=1)
 
     def train_loss(self, values, epsilon, sigma):
         losses = self.train_losses(values, epsilon, sigma)
@@ -122,7 +124,7 @@ def close(found, expected, bound=1e-8):
 
 FORMS = [
     {"perturbation_scale": "unit"}, {"perturbation_scale": "margin"}, {"perturbation_scale": "margin", "fixed_shift": False},
-    {"perturbation_scale": "unit", "fixed_shift": False, "alpha": 0.0},
+    {"perturbation_scale": "unit", "fixed_shift": False, "alpha": 0.0}, {"perturbation_scale": "margin", "label_smoothing": 0.2},
 ]  # fmt: skip
 
 
@@ -151,7 +153,8 @@ def test_the_gradient_of_omega_per_unit_of_pull(form, weighted):
             sum((g * d).sum() for g, d in zip(torch.autograd.grad(loss, list(values.values()), retain_graph=True), v, strict=True))
             for loss in losses
         ]  # fmt: skip
-        return torch.stack(along), 1 - (-losses.detach()).exp()
+        own = step.train_losses(values, torch.full((16,), end, dtype=torch.float64), step.sigma, smoothing=0.0)
+        return torch.stack(along), 1 - (-own.detach()).exp()
 
     (low, low_pull), (high, high_pull) = at(-1.0), at(0.5)
     weight = torch.ones(16, dtype=torch.float64) if step.weight is None else step.weight
