@@ -267,6 +267,15 @@ class MetaIADA(Guest):
         self._step = Step(step)
         self._step.forward = forward
 
+    def start_fresh(self, step: int) -> None:
+        """The same for a run that was trained without Meta-IADA until then: statistics are collected first.
+
+        Raises:
+            ValueError: too little of the run is left for that.
+        """
+        self.warmup.postpone(step)
+        self.start_at(step)
+
     @property
     def logits_seen(self) -> Tensor | None:
         """``[N, C]`` of the training pass of which no loss was taken yet."""

@@ -38,7 +38,7 @@ class WarmUp:
             )
         if epochs is not None and (not is_number(epochs) or epochs <= 0):
             raise ValueError(f"epochs={epochs!r} must be a positive number, the length of the run, or None.")
-        total = None if epochs is None else round(epochs * steps_per_epoch)
+        self.total = total = None if epochs is None else round(epochs * steps_per_epoch)
         if config.warmup_epochs is None and config.warmup_ratio is None:
             self.steps = self.statistics_start = OPEN
             self.steps_per_epoch = int(steps_per_epoch)
@@ -57,9 +57,15 @@ class WarmUp:
         epochs_set = config.warmup_epochs is not None
         setting = f"warmup_epochs (={config.warmup_epochs})" if epochs_set else f"warmup_ratio (={config.warmup_ratio})"
         if total is not None and self.steps >= total:
+            streamed = epochs_set and self.steps_per_epoch >= total
+            way_out = (
+                "set warmup_ratio instead, such as 0.5: an epoch is the whole run here (as that of streamed data of unknown length is taken"
+                " to be)"
+                if streamed
+                else f"lower {setting}, or train longer"
+            )
             raise ValueError(
-                f"the warm-up of {self.steps} steps leaves no meta step in a run of {total} steps: lower {setting}, or train"
-                " longer."
+                f"the warm-up of {self.steps} steps leaves no meta step in a run of {total} steps: {way_out}."
             )
         self.statistics_start = max(0, self.steps - int(steps_per_epoch))
 
@@ -72,8 +78,8 @@ class WarmUp:
         """Collect statistics for one epoch from ``step`` on; then the warm-up is over."""
         self.statistics_start, self.steps = step, step + self.steps_per_epoch
 
-    def postpone(self, step: int, total: int) -> None:
-        """Collect statistics from ``step`` on, in a run of ``total`` steps that had none before.
+    def postpone(self, step: int) -> None:
+        """Collect statistics from ``step`` on, in a run that had none before.
 
         Raises:
             ValueError: no step with augmentation is left.
@@ -81,13 +87,14 @@ class WarmUp:
         if self.open:
             return
         span = self.steps - self.statistics_start
-        self.statistics_start = max(self.statistics_start, step)
-        self.steps = max(self.steps, self.statistics_start + span)
-        if self.steps >= total:
+        start = max(self.statistics_start, step)
+        steps = max(self.steps, start + span)
+        if self.total is not None and steps >= self.total:
             raise ValueError(
-                f"resume_from='fresh' at step {step} of {total}: collecting class statistics takes {span} steps, after which no"
+                f"starting afresh at step {step} of {self.total}: collecting class statistics takes {span} steps, after which no"
                 " meta step is left. Train longer."
             )
+        self.statistics_start, self.steps = start, steps
 
     def state_dict(self) -> dict[str, Tensor]:
         """A longer run goes on with the warm-up it began with."""

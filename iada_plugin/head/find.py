@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 
@@ -79,6 +80,11 @@ def _linear_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str:
         linear = [key for key in linear if modules[key].out_features == num_labels]
     usual = [key for key in linear if {"classifier", "score", "head", "fc"} & set(key.split("."))]
     candidates = usual or linear
+    if not candidates and isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(
+            f"a TorchScript model ({type(model).__name__}) cannot have its classifier exchanged: train the eager one, and script or trace"
+            " it afterwards."
+        )
     if not candidates:
         wanted = "" if num_labels is None else f" with {num_labels} outputs (config.num_labels)"
         raise ValueError(

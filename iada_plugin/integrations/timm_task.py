@@ -121,6 +121,18 @@ class MetaIADATask(ClassificationTask):
         labels, rows = split_target(target)
         return {"loss": self.engine(output, labels, ids=rows), "output": output}
 
+    def start_fresh(self, step: int) -> None:
+        """Go on at optimizer step ``step`` of a run whose checkpoint was made without this task (``load_checkpoint_state(...,
+        strict=False)``): the warm-up lasts until statistics are collected, at least.
+
+        Raises:
+            RuntimeError: no optimizer was given.
+            ValueError: too little of the run is left for that.
+        """
+        if self.engine is None:
+            raise RuntimeError(_NO_OPTIMIZER)
+        self.engine.start_fresh(step)
+
     def pop_metrics(self) -> dict[str, float]:
         """`MetaIADA.pop_metrics` under the same names in every epoch, NaN of what there is not yet: train.py's summary.csv has the
         columns of its first row.
@@ -154,7 +166,10 @@ class MetaIADATask(ClassificationTask):
             return
         if not state or "iada" not in state:
             if strict:
-                raise ValueError("the checkpoint has no Meta-IADA state: it was made without MetaIADATask.")
+                raise ValueError(
+                    "the checkpoint has no Meta-IADA state: it was made without MetaIADATask. Load it with strict=False, and call"
+                    " task.start_fresh(step)."
+                )
             return
         if self.engine is None:
             self._loaded = state["iada"]

@@ -233,8 +233,7 @@ class MetaIADACallback(TrainerCallback):
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
         if self.resume_from == "fresh":
-            self.engine.start_at(state.global_step)
-            self.engine.warmup.postpone(state.global_step, state.max_steps)
+            self.engine.start_fresh(state.global_step)
             return
         told = None if self._run is None else self._run.resumed_from
         folder = self.resume_from or told or self._folder(args) / f"checkpoint-{state.global_step}"

@@ -224,3 +224,12 @@ def test_what_a_subclass_adds_stays():
     assert head.iada_logits(torch.randn(2, 8), torch.tensor([0, 2]), alpha=0).shape == (2, 3)
     restore_linear(head)
     assert type(model[1]) is Scaled and model[1].scale == 3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_torchscript_model_is_refused_by_name(how):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    compiled = torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.randn(2, 4))
+    with pytest.raises(ValueError, match=r"a TorchScript model .* train the eager one"):
+        find_classifier(compiled)

@@ -454,3 +454,17 @@ def test_the_best_checkpoint_is_complete_too(tmp_path):
         assert (folder / STATE_FILE).is_file()
     header = json.loads((tmp_path / sorted(os.listdir(tmp_path))[0] / "trainer_state.json").read_text())
     assert header["global_step"] > 0
+
+
+def test_an_epoch_of_streamed_data_is_the_whole_run(tmp_path):
+    """Of which the warm-up must be a share."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            yield from dataset()
+
+    with pytest.raises(ValueError, match=r"set warmup_ratio instead, such as 0\.5"):
+        trainer(tmp_path, callback(), train=Stream(), max_steps=8).train()
+    ours = callback(warmup_epochs=None, warmup_ratio=0.5)
+    trainer(tmp_path, ours, train=Stream(), max_steps=8).train()
+    assert ours.engine is None  # closed after a whole run

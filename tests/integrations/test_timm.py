@@ -134,6 +134,23 @@ def test_task_trains_with_ema_and_resumes():
 
 
 @needs_task
+def test_a_run_without_the_task_goes_on_with_it():
+    model = resnet()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    task = MetaIADATask(model, **options())
+    with pytest.raises(RuntimeError, match="no optimizer yet"):
+        task.start_fresh(3)
+    task.set_optimizer(optimizer)
+    with pytest.raises(ValueError, match="starting afresh at step 5 of 6"):
+        task.start_fresh(5)
+    task.start_fresh(3)  # statistics in one epoch, then meta steps
+    train(task, optimizer, range(1))
+    assert task.engine.in_warmup is False and task.engine.epsilon is None
+    train(task, optimizer, range(1, 3))
+    assert task.engine.step == 6 and task.engine.epsilon is not None
+
+
+@needs_task
 def test_task_warm_up_is_the_plain_task():
     from timm.task import ClassificationTask
 
