@@ -1,19 +1,25 @@
-"""A long run with checkpoints that is killed once: what grows, what slows down, and whether it ends as it should.
+"""A long run with checkpoints that is killed: what grows, what slows down, and whether it ends as it should.
 
     python benchmarks/soak.py --size gpu --json benchmarks/results/soak_gpu.json
     python benchmarks/soak.py --size cpu --compare --json benchmarks/results/soak_cpu.json
+    python benchmarks/soak.py --size tiny --kills 100 --json benchmarks/results/soak_kills.json
 
-A DistilBERT in the Hugging Face Trainer on synthetic comments, bfloat16 autocast on a GPU. The run is killed with SIGKILL
-after a random share of its steps and started again from ``last_complete_checkpoint``. Every so many steps memory in use,
-the process's own memory, tensors alive, hooks and the time of a step are noted. With --compare an undisturbed run comes
+A DistilBERT in the Hugging Face Trainer on synthetic comments of which some are trusted rows, bfloat16 autocast on a GPU. The run is
+killed with SIGKILL after a random share of its steps and started again from ``last_complete_checkpoint``. Every so many steps memory
+in use, the process's own memory, tensors alive, hooks and the time of a step are noted. With --compare an undisturbed run comes
 first, and the parameters at the end are compared bit for bit (on a CPU; GPU kernels do not add in a fixed order).
+
+With --kills short runs are killed at random moments, be it while a checkpoint is written, a few times each until so many kills have been
+made; parameters and everything in the state file (histories, weights of rows, Omega, statistics) are compared with an undisturbed run's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
+import multiprocessing
 import random
 import signal
 import statistics
@@ -27,6 +33,10 @@ from typing import Any
 
 import torch
 from meter import environment, table, write
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from iada_plugin.integrations.checkpoint import STATE_FILE
 
 SIZES = {
     "cpu": {"steps": 600, "batch": 8, "length": 32, "rows": 1000, "save": 100,
@@ -48,7 +58,7 @@ def train(size: dict[str, Any], folder: Path) -> None:
         TrainingArguments,
     )
 
-    from iada_plugin import IADAConfig, MetaIADACallback, last_complete_checkpoint
+    from iada_plugin import IADAConfig, MetaIADACallback, last_complete_checkpoint, with_trusted
 
     warnings.simplefilter("ignore")
     generator = torch.Generator().manual_seed(0)
@@ -63,7 +73,7 @@ def train(size: dict[str, Any], folder: Path) -> None:
         y = torch.where(torch.rand(n, generator=generator) < wrong, 1 - y, y)
         return Dataset.from_dict({"input_ids": ids.tolist(), "labels": y.tolist()}).with_format("torch")
 
-    train_set, meta_set = rows(size["rows"], 0.3), rows(64, 0.0)
+    train_set, clean = rows(size["rows"], 0.3), rows(64, 0.0)
 
     class Watch(TrainerCallback):
         """Notes what is in use; prints the steps for who watches."""
@@ -96,7 +106,8 @@ def train(size: dict[str, Any], folder: Path) -> None:
         bf16=gpu, disable_tqdm=True, **options,
     )  # fmt: skip
     epochs = size["steps"] * size["batch"] / size["rows"]
-    callback = MetaIADACallback(meta_set, IADAConfig(warmup_epochs=0.3 * epochs))
+    train_set, trusted = with_trusted(train_set, clean)
+    callback = MetaIADACallback(trusted_rows=trusted, config=IADAConfig(warmup_epochs=0.3 * epochs))
     trainer = Trainer(model=model, args=arguments, train_dataset=train_set, callbacks=[callback, Watch()])
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
     torch.save({k: v.cpu() for k, v in model.state_dict().items()}, folder / "final.pt")
@@ -123,6 +134,62 @@ def watched(arguments: list[str], folder: Path, kill_at: int | None) -> int:
     return last
 
 
+def kills(size: dict[str, Any], folder: Path, number: int, seed: int) -> dict[str, Any]:
+    """Runs that are killed at random moments, ``number`` times in all, against an undisturbed one."""
+    context = multiprocessing.get_context("forkserver")  # a process begins with everything imported
+    context.set_forkserver_preload(
+        ["torch", "transformers", "datasets", "iada_plugin", "iada_plugin.integrations.trainer"]
+    )
+
+    def run(name: str, seconds: float | None) -> bool:
+        """Whether the run came to its end within so many seconds."""
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        process = context.Process(target=_quietly, args=(size, folder / name))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            return False
+        if process.exitcode:
+            raise RuntimeError(f"the run failed: {(folder / name / 'errors.log').read_text()[-3000:]}")
+        return True
+
+    run("first", None)  # starts the server
+    begun = time.perf_counter()
+    run("whole", None)
+    whole, wanted = time.perf_counter() - begun, _end(folder / "whole", size)
+    moments = random.Random(seed)
+    made, rows = 0, []
+    with tqdm(total=number, unit="kill") as bar:
+        while made < number:
+            name, before = f"run {len(rows)}", made
+            while made < number and made - before < 5 and not run(name, moments.uniform(0.02, 0.9) * whole):
+                made += 1
+                bar.update()
+            run(name, None)
+            found = _end(folder / name, size)
+            same = found.keys() == wanted.keys() and all(torch.equal(found[k], v) for k, v in wanted.items())
+            rows.append({"run": len(rows), "kills": made - before, "bit_identical": same})
+    return {"kills": made, "tensors": len(wanted), "seconds_of_a_run": whole, "rows": rows}
+
+
+def _quietly(size: dict[str, Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    with (
+        open(folder / "errors.log", "a") as errors,
+        contextlib.redirect_stdout(errors),
+        contextlib.redirect_stderr(errors),
+    ):
+        train(size, folder)
+
+
+def _end(folder: Path, size: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Parameters and state at the end of a run."""
+    state = load_file(folder / f"checkpoint-{size['steps']}" / STATE_FILE)
+    return {**torch.load(folder / "final.pt", weights_only=True), **{f"state: {k}": v for k, v in state.items()}}
+
+
 def growth(notes: list[dict[str, float]], key: str, steps: int) -> tuple[float, float]:
     """Median in the first and the last third of the time after the warm-up."""
     late = [n for n in notes if n["step"] > 0.4 * steps]
@@ -135,6 +202,7 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="cpu")
     parser.add_argument("--seed", type=int, default=0, help="of the moment of the kill")
     parser.add_argument("--compare", action="store_true", help="against an undisturbed run")
+    parser.add_argument("--kills", type=int, metavar="N", help="kill short runs N times in all, at random moments")
     parser.add_argument("--json", type=Path, help="where to write the result")
     parser.add_argument("--work", type=Path, help="folder of the runs, which stay there (default: a temporary one)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -144,7 +212,18 @@ def main() -> None:
         return train(size, args.folder)
 
     with tempfile.TemporaryDirectory() as temporary:
+        result: dict[str, Any]
         folder, start = args.work or Path(temporary), time.perf_counter()
+        if args.kills:
+            result = {
+                "environment": environment("cpu"),
+                "seed": args.seed,
+                "size": size,
+                **kills(size, folder, args.kills, args.seed),
+            }
+            same = sum(row["bit_identical"] for row in result["rows"])
+            print(f"{result['kills']} kills in {len(result['rows'])} runs; as the undisturbed one, bit for bit: {same}")
+            return write(args.json, result)
         own = ["--size", args.size]
         if args.compare:
             watched(own, folder / "whole", None)
@@ -162,7 +241,7 @@ def main() -> None:
         import transformers
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        result: dict[str, Any] = {
+        result = {
             "environment": {**environment(device), "transformers": transformers.__version__},
             "seed": args.seed,
             "size": size,
