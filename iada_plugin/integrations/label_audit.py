@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data.trusted import check_trusted_rows
 from ..runtime.batches import length_of
@@ -20,16 +19,16 @@ from ..runtime.labels import labels_of
 from ..runtime.processes import rank
 from ..wrong_labels import MarginRecorder, WrongLabels
 from ..wrong_labels.find import check_enough
-from .checkpoint import complete, read_tensors, staged_file, state_file, write_tensors
+from .checkpoint import read_tensors, write_tensors
+from .checkpointed import CheckpointedCallback
 from .trainer_rows import TrainerRows, check_numbered
-from .trainer_run import TrainerRun
 
 logger = logging.getLogger(__name__)
 
 AUDIT_FILE = "label_audit.safetensors"
 
 
-class LabelAuditCallback(TrainerCallback):
+class LabelAuditCallback(CheckpointedCallback):
     """Lists the labels that are wrong, with a bounded share of false alarms, from a training as it always is:
     ``Trainer(..., callbacks=[LabelAuditCallback(trusted_rows, "audit")])``.
 
@@ -53,6 +52,8 @@ class LabelAuditCallback(TrainerCallback):
             streamed training set.
     """
 
+    state_name = AUDIT_FILE
+
     def __init__(
         self,
         trusted_rows: Any,
@@ -63,42 +64,41 @@ class LabelAuditCallback(TrainerCallback):
         resume_from: str | None = None,
         **options: Any,
     ) -> None:
+        super().__init__()
         self.trusted_rows, self.output_dir, self.samples = trusted_rows, output_dir, samples
         self.false_alarms, self.options, self.resume_from = false_alarms, options, resume_from
         self.wrong_labels: WrongLabels | None = None
         self.recorder: MarginRecorder | None = None
         self._labels: Tensor | None = None
         self._rows: TrainerRows | None = None
-        self._run: TrainerRun | None = None
         self._hook: Any = None
-        self._staged: int | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to record."""
         self.uninstall()
-        self._run = TrainerRun()
+        run = self.begin_run()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
         if length_of(loader) is None or not hasattr(getattr(loader, "dataset", None), "__len__"):
             raise ValueError(
                 "the training set is streamed: its samples have no row numbers, so that no list of them can be made. Load it."
             )
-        check_numbered(loader, self._run.trainer)
+        check_numbered(loader, run.trainer)
         num_rows = len(loader.dataset)
         self._labels = labels_of(loader.dataset)
         rows = check_trusted_rows(self.trusted_rows, num_rows, self._labels)
         check_enough(len(rows), self.false_alarms)
         self.recorder = MarginRecorder(num_rows, device=args.device)
         if state.global_step > 0 and self.resume_from != "fresh":
-            told = self._run.resumed_from
-            self._load(Path(told or self._run.folder(args) / f"checkpoint-{state.global_step}"), state.global_step)
+            self._load(self.resumes_from(args, state), state.global_step)
+        self.tidy(args, state)
         self._rows = TrainerRows(model, loader)
         self._hook = Hook(self._record).on(model.register_forward_hook, with_kwargs=True)
 
     def _load(self, checkpoint: Path, step: int) -> None:
         assert self.recorder is not None
-        path = state_file(checkpoint, AUDIT_FILE)
+        path = self.state_of(checkpoint)
         try:
             self.recorder.load_state_dict(read_tensors(path)[0])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
@@ -136,48 +136,25 @@ class LabelAuditCallback(TrainerCallback):
             )
         self.recorder(logits, labels.reshape(-1), ids)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stage what was recorded where a checkpoint is due."""
-        self._stage(args, state, control)
+    def takes_part(self, args: TrainingArguments) -> bool:
+        """While something is recorded."""
+        return args.should_save and self.recorder is not None
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stage what was recorded where a checkpoint is due."""
-        self._stage(args, state, control)
-
-    def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
-        if control.should_save:
-            self._write(args, state)
-
-    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self.recorder is not None and self._run is not None and args.should_save:
-            folder = self._run.folder(args)
-            os.makedirs(folder, exist_ok=True)
-            tensors = {k: v.cpu() for k, v in self.recorder.state_dict().items()}
-            write_tensors(tensors, {}, staged_file(folder, state.global_step, AUDIT_FILE))
-            self._staged = state.global_step
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Complete the checkpoint that the Trainer has just written."""
-        if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
-            self._write(args, state)
-        if self._run is not None and args.should_save:
-            complete(self._run.folder(args), state.global_step, AUDIT_FILE)
-        self._staged = None
+    def write_state(self, path: Path, write: bool) -> None:
+        """What was recorded."""
+        assert self.recorder is not None
+        write_tensors({k: v.cpu() for k, v in self.recorder.state_dict().items()}, {}, path)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the list, and write it."""
         self.uninstall()
-        assert self.recorder is not None and self._run is not None
+        assert self.recorder is not None
         self.wrong_labels = self.recorder.find_wrong_labels(
             self.trusted_rows, self._labels, false_alarms=self.false_alarms, **self.options
         )
-        if args.should_save:
-            staged_file(self._run.folder(args), state.global_step, AUDIT_FILE).unlink(missing_ok=True)
+        self.end_run(args, state)
         if self.output_dir is not None and rank() == 0:
             path = self.wrong_labels.write(self.output_dir, samples=self.samples)
             logger.info("%s: %s", path, self.wrong_labels)

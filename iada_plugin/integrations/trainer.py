@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import IADAConfig
 from ..criterion import MetaIADA
@@ -24,16 +23,16 @@ from ..runtime.batches import length_of, meta_dataloader, trained_labels
 from ..runtime.capture import LABEL_KEYS, Hook
 from ..runtime.checks import CUDA_GRAPH_MODES, REENTRANT
 from ..runtime.row_ids import SAMPLE_IDS
-from .checkpoint import STATE_FILE, complete, load_state, save_state, staged_file, state_file
+from .checkpoint import STATE_FILE, load_state, save_state
+from .checkpointed import CheckpointedCallback
 from .trainer_report import TrainerReport, write_report
 from .trainer_rows import TrainerRows, check_numbered
-from .trainer_run import TrainerRun
 
 if TYPE_CHECKING:
     from ..report.report import Report
 
 
-class MetaIADACallback(TrainerCallback):
+class MetaIADACallback(CheckpointedCallback):
     """Trains a Trainer's classifier with Meta-IADA: ``Trainer(..., callbacks=[MetaIADACallback(meta_dataset=meta)])``.
 
     The loss is taken over by a hook on the model for the length of ``train()``: cross-entropy in warm-up, Meta-IADA
@@ -65,6 +64,8 @@ class MetaIADACallback(TrainerCallback):
         report: the `Report` of the last ``train()``, or ``None``.
     """
 
+    state_name = STATE_FILE
+
     def __init__(
         self,
         meta_dataset: Any = None,
@@ -78,6 +79,7 @@ class MetaIADACallback(TrainerCallback):
         report_dir: str | Path | None = None,
         report_options: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__()
         if (meta_dataset is None) == (trusted_rows is None):
             raise ValueError(
                 "MetaIADACallback needs samples with right labels: pass trusted_rows=, rows of the training set, or meta_dataset=, a"
@@ -99,9 +101,7 @@ class MetaIADACallback(TrainerCallback):
         self._watch: TrainerReport | None = None
         self._own_loss_seen = self._unlabelled = False
         self._rows: TrainerRows | None = None
-        self._run: TrainerRun | None = None
         self._hooks: list[Hook] = []  # on the model
-        self._staged: int | None = None
 
     @staticmethod
     def _check_meta_set(meta_dataset: Any) -> None:
@@ -177,9 +177,9 @@ class MetaIADACallback(TrainerCallback):
     ) -> None:
         """Take over the loss. Runs again whenever the Trainer starts over (``auto_find_batch_size``, a second train)."""
         self.uninstall()
-        self._run = TrainerRun()
+        run = self.begin_run()
         model, loader = kwargs["model"], kwargs["train_dataloader"]
-        trainer = self._run.trainer
+        trainer = run.trainer
         _check_arguments(args, model)
         _check_loss(trainer)
         batches = length_of(loader)
@@ -209,7 +209,7 @@ class MetaIADACallback(TrainerCallback):
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
         self._own_loss_seen = self._unlabelled = False
         self._hooks = [Hook(self._replace_loss).on(self.engine.model.register_forward_hook, with_kwargs=True)]
-        if self._run.trainer is not None:
+        if trainer is not None:
             self._hooks.append(Hook(self._check_run).on(self.engine.model.register_forward_pre_hook, prepend=True))
         try:
             if self.report_dir is not None or self.trusted_rows is not None:
@@ -223,22 +223,16 @@ class MetaIADACallback(TrainerCallback):
         except Exception:
             self.uninstall()
             raise
-        if args.should_save:  # what an earlier run that was killed has left
-            folder = self._folder(args) / f"checkpoint-{state.global_step}"
-            if folder.is_dir() and state_file(folder).is_file():  # still staged
-                os.replace(state_file(folder), folder / STATE_FILE)
-            for stale in self._folder(args).glob(".iada_state-*"):
-                stale.unlink(missing_ok=True)
+        self.tidy(args, state)
 
     def _resume(self, args: TrainingArguments, state: TrainerState) -> None:
         assert self.engine is not None
         if self.resume_from == "fresh":
             self.engine.start_fresh(state.global_step)
             return
-        told = None if self._run is None else self._run.resumed_from
-        folder = self.resume_from or told or self._folder(args) / f"checkpoint-{state.global_step}"
+        folder = Path(self.resume_from or self.resumes_from(args, state))
         try:
-            load_state(self.engine, state_file(folder))
+            load_state(self.engine, self.state_of(folder))
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"the run resumes at step {state.global_step}, but {error}. Resume from"
@@ -246,7 +240,7 @@ class MetaIADACallback(TrainerCallback):
                 " MetaIADACallback(resume_from=...), or start the method anew with resume_from='fresh'."
             ) from error
         if self._watch is not None:
-            self._watch.load(Path(folder), state.global_step)
+            self._watch.load(folder, state.global_step)
 
     def _meta_loader(self, args: TrainingArguments, state: TrainerState, train_loader: Any) -> Any:
         """Meta samples get the column filter and the collator of the training samples."""
@@ -297,8 +291,14 @@ class MetaIADACallback(TrainerCallback):
         if self._run is not None and module.training and torch.is_grad_enabled() and self._run.over:
             self.uninstall()
 
-    def _folder(self, args: TrainingArguments) -> Path:
-        return Path(args.output_dir or ".") if self._run is None else self._run.folder(args)
+    def takes_part(self, args: TrainingArguments) -> bool:
+        """Sharded parameters are collected in all processes."""
+        return self.engine is not None and (args.should_save or self.engine.capture.sharded)
+
+    def write_state(self, path: Path, write: bool) -> None:
+        """The engine's."""
+        assert self.engine is not None
+        save_state(self.engine, path, write=write)
 
     def _replace_loss(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
         """Forward hook on the model: the training loss in its outputs becomes the engine's."""
@@ -346,37 +346,12 @@ class MetaIADACallback(TrainerCallback):
                 " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"
                 " return outputs.loss, or use MetaIADA as the criterion there."
             )
-        self._stage(args, state, control)
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stage the state where a checkpoint is due."""
-        self._stage(args, state, control)
-
-    def _stage(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> None:
-        # The Trainer writes its checkpoint, and deletes old ones, before it says so: the state has to be on disk first.
-        if control.should_save:
-            if args.should_save:  # a folder that the Trainer is about to write over is incomplete until it has done so
-                for name in (STATE_FILE, "trainer_state.json"):
-                    (self._folder(args) / f"checkpoint-{state.global_step}" / name).unlink(missing_ok=True)
-            self._write(args, state)
-
-    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
-        if self.engine is None or not (args.should_save or self.engine.capture.sharded):
-            return
-        self._staged = state.global_step
-        os.makedirs(self._folder(args), exist_ok=True)
-        save_state(self.engine, staged_file(self._folder(args), state.global_step), write=args.should_save)
+        super().on_step_end(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Complete the checkpoint that the Trainer has just written."""
-        if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
-            self._write(args, state)
-        folder = self._folder(args) / f"checkpoint-{state.global_step}"
-        if self.engine is not None and args.should_save:
-            complete(self._folder(args), state.global_step)
-        self._staged = None
+        super().on_save(args, state, control, **kwargs)
+        folder = self.checkpoint(args, state)
         if self._watch is not None and folder.is_dir():
             self._watch.save(folder)
 
@@ -442,8 +417,7 @@ class MetaIADACallback(TrainerCallback):
                     " Meta-IADA. Choose a metric_for_best_model that leaves the warm-up out (docs/trainer.md, The best epoch)."
                 )
         self.uninstall()
-        if args.should_save:
-            staged_file(self._folder(args), state.global_step).unlink(missing_ok=True)
+        self.end_run(args, state)
         if self.report is not None and self.report_dir is not None:
             write_report(self.report, self.report_dir)
 

@@ -362,7 +362,7 @@ KILLED = """
     import os, signal, sys
     sys.path[:0] = [{tests!r}, {root!r}]
     import conftest, trainers as here  # the same number of threads
-    from iada_plugin.integrations import trainer as module
+    from iada_plugin.integrations import checkpoint as module
 
     real = module.os.replace
     def kill(source, target):
