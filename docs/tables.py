@@ -88,7 +88,13 @@ def soak() -> str:
         f"| parameters at the end | {'bit-identical' if cpu['bit_identical'] else 'DIFFERENT'} to an undisturbed run | not compared |"
     )
     made = " ".join(_made_by(result["environment"]) for result in (cpu, gpu))
-    return "\n".join([*lines, "", made, f"On the GPU {gpu['note']}."])
+    kills = json.loads((RESULTS / "soak_kills.json").read_text())
+    same = sum(row["bit_identical"] for row in kills["rows"])
+    killed = (
+        f"With trusted rows: {kills['kills']} kills at random moments of {len(kills['rows'])} short runs, of which {same} ended with the"
+        f" parameters and all {kills['tensors']} tensors of an undisturbed run, bit for bit. {_made_by(kills['environment'])}"
+    )
+    return "\n".join([*lines, "", made, f"On the GPU {gpu['note']}.", "", killed])
 
 
 def logits_cost() -> str:
@@ -150,13 +156,13 @@ def results() -> str:
 def _compared(preset: str, tasks: dict[str, tuple[str, str]], head: str, shown: list[str], oracle: str) -> str:
     """benchmarks/accuracy.py: a task a row; some methods, whichever other one is best on the test samples, and the oracle."""
     accuracy = _benchmark("accuracy")
-    runs = accuracy.grid.of_one_version(accuracy.grid.read(RESULTS / f"accuracy_{preset}.jsonl"))
+    runs = [r for r in accuracy.grid.read(RESULTS / f"accuracy_{preset}.jsonl") if "error" not in r]
     titles = [head, *(accuracy.METHODS[m].title for m in shown), "best other method", oracle]
     lines = [_line(titles), _line(["---"] * len(titles))]
     for task, (title, metric) in tasks.items():
         found: dict[str, Seeds] = {}
-        for run in runs:
-            if run["scenario"] == task and run.get("metrics", {}).get(metric) is not None:
+        for run in accuracy.grid.of_one_version([r for r in runs if r["scenario"] == task]):
+            if run.get("metrics", {}).get(metric) is not None:
                 found.setdefault(run["method"], {})[run["seed"]] = 100 * run["metrics"][metric]
         told = found.pop("oracle", None)
         # Other forms of ours are in the tables that README links.
