@@ -39,7 +39,7 @@ from tqdm import tqdm
 from iada_plugin.integrations.checkpoint import STATE_FILE
 
 SIZES = {
-    "cpu": {"steps": 600, "batch": 8, "length": 32, "rows": 1000, "save": 100,
+    "cpu": {"steps": 5000, "batch": 8, "length": 32, "rows": 1000, "save": 500,
             "model": {"vocab_size": 500, "dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}},
     "gpu": {"steps": 3000, "batch": 32, "length": 128, "rows": 8000, "save": 500, "model": {"n_layers": 6}},
     "tiny": {"steps": 60, "batch": 4, "length": 8, "rows": 60, "save": 10,

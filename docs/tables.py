@@ -91,8 +91,8 @@ def soak() -> str:
     kills = json.loads((RESULTS / "soak_kills.json").read_text())
     same = sum(row["bit_identical"] for row in kills["rows"])
     killed = (
-        f"With trusted rows: {kills['kills']} kills at random moments of {len(kills['rows'])} short runs, of which {same} ended with the"
-        f" parameters and all {kills['tensors']} tensors of an undisturbed run, bit for bit. {_made_by(kills['environment'])}"
+        f"With trusted rows: {kills['kills']} kills at random moments of {len(kills['rows'])} short runs, of which {same} ended with"
+        f" all {kills['tensors']} tensors (parameters and state) of an undisturbed run, bit for bit. {_made_by(kills['environment'])}"
     )
     return "\n".join([*lines, "", made, f"On the GPU {gpu['note']}.", "", killed])
 
