@@ -68,7 +68,7 @@ class IADAConfig:
     covariance: str = _setting(
         "auto",
         "Class covariances: 'full', 'diagonal', 'low_rank' (diagonal plus covariance_rank directions), or 'auto' (full"
-        " while all of them fit into 256 MB, else diagonal).",
+        " while all of them fit into 16 MB, else diagonal).",
     )
     covariance_rank: int = _setting(8, "Directions of a 'low_rank' covariance; 4 C H (covariance_rank + 1) bytes.")
     hypergradient: str = _setting(

@@ -15,7 +15,7 @@ from .full import FullCovariance
 from .low_rank import LowRankCovariance
 
 #: Covariances kept in full only while all of them fit into this many bytes.
-FULL_COVARIANCE_BUDGET = 256 * 2**20
+FULL_COVARIANCE_BUDGET = 16 * 2**20
 
 COVARIANCES: dict[str, type[Covariance]] = {
     form.name: form for form in (FullCovariance, DiagonalCovariance, LowRankCovariance)

@@ -29,7 +29,7 @@ class IADAHead(nn.Linear):
         out_features: number of classes C, at least 2.
         bias: as ``nn.Linear``.
         class_counts: ``[C]`` training samples per class, for the prior; see :meth:`set_class_counts`.
-        covariance: "full", "diagonal", "low_rank" or "auto" (full while all classes fit into 256 MB, else diagonal).
+        covariance: "full", "diagonal", "low_rank" or "auto" (full while all classes fit into 16 MB, else diagonal).
         covariance_rank: R of "low_rank".
 
     Attributes:
