@@ -25,7 +25,7 @@ from .estimates import drawn_share
 from .find import COMPARE, find_wrong_labels
 from .out_of_sample import out_of_sample_logits
 from .page import FILE, TABLE
-from .tables import Audited, built_in, read_folder, read_table, write_corrected, write_drawn
+from .tables import MARKS, Audited, built_in, read_folder, read_table, write_corrected, write_drawn
 
 CORRECTED = "corrected.csv"
 #: Classes of which the numbers of rows are printed.
@@ -93,23 +93,23 @@ def _data(parser: argparse.ArgumentParser) -> None:
 def _audit(args: argparse.Namespace) -> int:
     data = _read(args)
     folder = _free(args.output)
-    labels, trusted = data.labels, data.trusted
+    labels, trusted, decided = data.labels, data.trusted, np.array([], dtype=int)
     if args.decisions:
-        labels, trusted = with_decisions(labels, trusted, args.decisions)
-    wrong = np.setdiff1d(data.wrong, trusted)
-    _describe(data, labels, trusted, wrong)
+        labels, decided = with_decisions(labels, args.decisions)
+    checked = np.union1d(decided, np.array([*data.marked], dtype=int))
+    _describe(data, labels, checked)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no trusted row is of class")  # the table above says so, by name
         logits = out_of_sample_logits(_embed(data, args.model), labels, trusted, seed=args.seed)
         found = find_wrong_labels(
-            labels, trusted, wrong_rows=wrong, logits=logits, false_alarms=args.false_alarms, adaptive=args.adaptive,
+            labels, trusted, checked_rows=checked, logits=logits, false_alarms=args.false_alarms, adaptive=args.adaptive,
             compare=args.compare, class_names=data.names,
         )  # fmt: skip
     samples = data.samples
     path = found.write(folder, samples=(lambda row: opened(samples[row])) if data.kind == "images" else samples)
     print(f"{found}\n{path}: open it in a browser\n{folder / TABLE}: all rows")
     if args.decisions or data.corrected:
-        write_corrected(folder / CORRECTED, data, labels, trusted)
+        write_corrected(folder / CORRECTED, data, labels, decided)
         changed = data.corrected + int((labels != data.labels).sum())
         print(
             f"{folder / CORRECTED}: the data with {changed} labels corrected; to go on, audit it with --trusted trusted"
@@ -140,24 +140,25 @@ def _free(output: Path | None) -> Path:
     return output
 
 
-def _describe(data: Audited, labels: np.ndarray, trusted: np.ndarray, wrong: np.ndarray) -> None:
+def _describe(data: Audited, labels: np.ndarray, checked: np.ndarray) -> None:
     """What was read, so that a wrong column shows at once."""
-    print(f"{len(labels)} {data.kind} of {len(data.names)} classes, {len(trusted)} of them trusted.")
+    print(f"{len(labels)} {data.kind} of {len(data.names)} classes, {len(data.trusted)} of them trusted.")
     size = len(data.names)
-    rows, right, bad = (np.bincount(labels[k], minlength=size) for k in (np.arange(len(labels)), trusted, wrong))
+    rows, right, bad = (np.bincount(labels[k], minlength=size) for k in (np.arange(len(labels)), data.trusted, checked))
     shown = np.argsort(-rows, kind="stable")[:_SHOWN]
     width = max(len(data.names[c][:30]) for c in shown)
-    print(f"  {'label':<{width}}  {'rows':>8}  {'trusted':>8}  found wrong")
+    print(f"  {'label':<{width}}  {'rows':>8}  {'trusted':>8}  checked before")
     for c in shown:
-        print(f"  {data.names[c][:30]:<{width}}  {rows[c]:>8}  {right[c]:>8}  {bad[c]:>11}")
+        print(f"  {data.names[c][:30]:<{width}}  {rows[c]:>8}  {right[c]:>8}  {bad[c]:>14}")
     if size > _SHOWN:
         print(f"  and {size - _SHOWN} more")
     if none := int(((right == 0) & (rows > 0)).sum()):
         print(f"{none} classes have no trusted row: their labels are judged by the trusted rows of others.")
-    if drawn := len(data.wrong) + data.corrected:
-        checked = len(data.trusted) + len(data.wrong)
-        share = drawn_share(drawn, checked)
-        print(f"{drawn} of {checked} checked labels were wrong: if these were drawn at random, {100 * share.low:.1f} to {100 * share.high:.1f}"
+    wrong = [*data.marked.values()].count(MARKS[1])
+    if drawn := wrong + data.corrected:
+        looked = len(data.trusted) + wrong
+        share = drawn_share(drawn, looked)
+        print(f"{drawn} of {looked} checked labels were wrong: if these were drawn at random, {100 * share.low:.1f} to {100 * share.high:.1f}"
               " % of all labels are (90 % interval).")  # fmt: skip
 
 

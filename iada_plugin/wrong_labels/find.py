@@ -31,7 +31,7 @@ def find_wrong_labels(
     labels: Any,
     trusted_rows: Any,
     *,
-    wrong_rows: Any = None,
+    checked_rows: Any = None,
     logits: Any = None,
     pred_probs: Any = None,
     margins: Any = None,
@@ -54,8 +54,8 @@ def find_wrong_labels(
     Args:
         labels: ``[R]`` class indices, as given (list, array, tensor or column).
         trusted_rows: ``[T]`` row numbers, or ``[R]`` bool, of rows whose label was checked and found right, drawn at random.
-        wrong_rows: ``[W]`` row numbers, or ``[R]`` bool, of rows whose label was checked and found wrong, the right one not known (if it
-            is, correct it, and trust the row): they are not judged again.
+        checked_rows: ``[K]`` row numbers, or ``[R]`` bool, of further rows that were looked at, such as those of an earlier list: they
+            are not judged again, and no reference, since nobody drew them at random.
         logits: ``[R, C]``, or ``[E, R, C]`` of E epochs; NaN where a row was not seen. Margins are averaged up to that epoch after
             which they are the most bimodal.
         pred_probs: ``[R, C]`` probabilities out of sample (by cross-validation), as cleanlab takes them.
@@ -81,7 +81,7 @@ def find_wrong_labels(
     """
     y = torch.from_numpy(as_labels(labels))
     margin, other = _margins(y, logits, pred_probs, margins, suggested)
-    return judge(y, trusted_rows, margin, other, false_alarms, adaptive, compare, class_names, wrong_rows)
+    return judge(y, trusted_rows, margin, other, false_alarms, adaptive, compare, class_names, checked_rows)
 
 
 def judge(
@@ -93,7 +93,7 @@ def judge(
     adaptive: bool = False,
     compare: str = "auto",
     class_names: Sequence[str] | Mapping[int, str] | None = None,
-    wrong_rows: Any = None,
+    checked_rows: Any = None,
 ) -> WrongLabels:
     """:func:`find_wrong_labels` of labels ``[R]``, by the most bimodal one of S margins ``[S, R]``."""
     check_level(false_alarms)
@@ -107,8 +107,8 @@ def judge(
     rows = check_trusted_rows(trusted_rows, len(labels), labels)
     trusted = torch.zeros(len(labels), dtype=torch.bool)
     trusted[rows] = True
-    found_wrong = _found_wrong(wrong_rows, trusted)
-    if (trusted | found_wrong).all():
+    checked = trusted | _checked(checked_rows, len(labels))
+    if checked.all():
         raise ValueError(f"all {len(labels)} rows are checked: there is nothing left to judge.")
     margin = margins[best_of(margins) if len(margins) > 1 else 0]
     used = rows[torch.isfinite(margin)[rows]]
@@ -133,26 +133,22 @@ def judge(
         weights=class_share_weights(y, rows).to(margin) if how == "weighted" else None,
     )  # fmt: skip
     return WrongLabels(
-        label=labels, suggested=other.numpy(), margin=margin.numpy(), p_value=p.numpy(), trusted=trusted.numpy(), found_wrong=found_wrong.numpy(),
+        label=labels, suggested=other.numpy(), margin=margin.numpy(), p_value=p.numpy(), trusted=trusted.numpy(), checked=checked.numpy(),
         false_alarms=float(false_alarms), adaptive=adaptive, compared=how, pooled_classes=pooled, class_names=names,
     )  # fmt: skip
 
 
-def _found_wrong(rows: Any, trusted: Tensor) -> Tensor:
+def _checked(rows: Any, num_rows: int) -> Tensor:
     """``[R]`` bool."""
-    found = torch.zeros_like(trusted)
+    found = torch.zeros(num_rows, dtype=torch.bool)
     given = torch.as_tensor([] if rows is None else np.asarray(rows))
     if given.numel() and not (given.dtype == torch.bool and not given.any()):
         try:
-            found[check_trusted_rows(given, len(trusted))] = True
+            found[check_trusted_rows(given, num_rows)] = True
         except ValueError as error:
             raise ValueError(
-                f"wrong_rows={given.tolist()!r:.80}: {str(error).replace('trusted row', 'row')}"
+                f"checked_rows={given.tolist()!r:.80}: {str(error).replace('trusted row', 'row')}"
             ) from error
-    if (both := found & trusted).any():
-        raise ValueError(
-            f"row {int(both.nonzero()[0])} is trusted and in wrong_rows: its label is right, or it is not."
-        )
     return found
 
 

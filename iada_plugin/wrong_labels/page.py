@@ -145,7 +145,7 @@ def _facts(found: Any) -> str:
             found.class_names[c] for c in found.pooled_classes
         )
     facts = {
-        "Rows": f"{len(found.label):,}, of which {int(found.trusted.sum()):,} trusted, and {int(found.found_wrong.sum()):,} found wrong before",
+        "Rows": f"{len(found.label):,}, of which {int(found.trusted.sum()):,} trusted, and {int((found.checked & ~found.trusted).sum()):,} more looked at before",
         "Share of wrong labels": f"about {_percent(share.estimate)}, 90 % interval {_percent(share.low)} to {_percent(share.high)}; wrong"
         " labels that look right are not in it",
         "Compared": f"each label {how}",

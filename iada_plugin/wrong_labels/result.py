@@ -26,8 +26,8 @@ class WrongLabels:
         suggested: ``[R]`` what it most likely is if it is wrong: the class of the largest other logit.
         margin: ``[R]`` own logit less the largest other one, in nats; NaN of a row that was never seen.
         p_value: ``[R]`` share of right labels that look as bad or worse; 1 where a row was never seen.
-        trusted: ``[R]`` bool, rows whose label was checked and found right; never on the list.
-        found_wrong: ``[R]`` bool, rows whose label was checked and found wrong; never on the list.
+        trusted: ``[R]`` bool, rows drawn at random whose label was checked and found right: the reference.
+        checked: ``[R]`` bool, rows that were looked at, trusted ones among them; never on the list.
         false_alarms: level of the list.
         adaptive: whether the list makes use of the estimated share of right labels.
         compared: "pooled": with all trusted rows; "weighted": these weighted by class shares; "class": with those of its class.
@@ -40,17 +40,12 @@ class WrongLabels:
     margin: np.ndarray
     p_value: np.ndarray
     trusted: np.ndarray
-    found_wrong: np.ndarray
+    checked: np.ndarray
     false_alarms: float
     adaptive: bool
     compared: str
     pooled_classes: tuple[int, ...]
     class_names: tuple[str, ...]
-
-    @property
-    def checked(self) -> np.ndarray:
-        """``[R]`` bool: trusted, or found wrong."""
-        return self.trusted | self.found_wrong
 
     @functools.cached_property
     def order(self) -> np.ndarray:
@@ -61,8 +56,8 @@ class WrongLabels:
 
     @property
     def ranking(self) -> np.ndarray:
-        """All rows: those found wrong, then the most suspect first, trusted ones last: ``[R]`` row numbers."""
-        return np.concatenate([np.flatnonzero(self.found_wrong), self.order, np.flatnonzero(self.trusted)])
+        """All rows, the most suspect first, checked ones last: ``[R]`` row numbers."""
+        return np.concatenate([self.order, np.flatnonzero(self.checked)])
 
     @property
     def predicted(self) -> np.ndarray:
@@ -145,7 +140,7 @@ class WrongLabels:
             "p_value": self.p_value,
             "listed": self.listed,
             "trusted": self.trusted,
-            "found_wrong": self.found_wrong,
+            "checked": self.checked,
         }
 
     def to_pandas(self) -> Any:
@@ -176,7 +171,7 @@ class WrongLabels:
 
         return pandas.DataFrame(
             {
-                "is_label_issue": self.listed | self.found_wrong,
+                "is_label_issue": self.listed,
                 "label_quality": self.p_value,
                 "given_label": self.label,
                 "predicted_label": self.predicted,

@@ -15,6 +15,8 @@ from ..data.noise import noisy_labels
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SEPARATORS = ",;\t|"
+#: What a table that was audited says of rows that were looked at and are not trusted.
+MARKS = ("checked", "wrong")
 _RIGHT, _WRONG = ("1", "1.0", "true", "yes", "right"), ("0", "0.0", "false", "no", "wrong")
 NO_TRUSTED = (
     "no row is trusted: say which labels were checked with --trusted, a column of 0 and 1 or a CSV with the columns row and trusted. To"
@@ -28,9 +30,9 @@ class Audited(NamedTuple):
     samples: list[Any]  # [R] texts, or paths of images
     names: list[str]  # [C]
     labels: np.ndarray  # [R]
-    trusted: np.ndarray  # rows that were found right
-    wrong: np.ndarray  # rows that were found wrong, the right label not known
-    corrected: int  # rows that were found wrong, whose label is the right one now
+    trusted: np.ndarray  # rows, drawn at random, that were found right
+    marked: dict[int, str]  # rows that were looked at and are not trusted: "checked" or "wrong"
+    corrected: int  # of those drawn that were found wrong: how many have the right label now
     kind: str  # "texts" or "images"
     table: list[dict[str, str]]  # [R], as read
     columns: tuple[str, str]  # of the samples and the labels
@@ -89,19 +91,20 @@ def read_table(path: Path, text: str | None, image: str | None, label: str | Non
     index = {name: k for k, name in enumerate(names)}
     labels = np.array([index[row[label]] for row in rows])
     if own:
-        # A 0 in a column of all rows says that nobody looked; "wrong" that somebody did.
-        marks = [_mark(row[own], f"{path}, row {k}, column {own}") for k, row in enumerate(rows)]
-        right = [k for k, mark in enumerate(marks) if mark]
-        wrong = [k for k, row in enumerate(rows) if row[own].strip().lower() == "wrong"]
+        # A 0 in a column of all rows says that nobody looked; a word that somebody did.
+        words = [row[own].strip().lower() for row in rows]
+        marked = {k: word for k, word in enumerate(words) if word in MARKS}
+        right = [k for k, w in enumerate(words) if k not in marked and _mark(w, f"{path}, row {k}, column {own}")]
         changed = 0
     else:
         right, wrong, changed = _take_in(Path(trusted), rows, labels, index)
+        marked = dict.fromkeys(wrong, MARKS[1])
     if not right:
         raise ValueError(NO_TRUSTED)
     values: list[Any] = [row[column] for row in rows]
     if image:
         values = [path.parent / v for v in values]
-    return Audited(values, names, labels, np.array(right), np.array(wrong, dtype=int), changed,
+    return Audited(values, names, labels, np.array(right), marked, changed,
                    "texts" if text else "images", rows, (column, label))  # fmt: skip
 
 
@@ -174,7 +177,7 @@ def read_folder(folder: Path, trusted: str | None) -> Audited:
         raise ValueError(f"{trusted} names no image: write the paths of checked ones, one a line.")
     table = [{"image": str(path), "label": names[k]} for path, k in files]
     return Audited([p for p, _ in files], names, np.array([k for _, k in files]), np.array(sorted(place[w] for w in wanted)),
-                   np.array([], dtype=int), 0, "images", table, ("image", "label"))  # fmt: skip
+                   {}, 0, "images", table, ("image", "label"))  # fmt: skip
 
 
 def built_in() -> Audited:
@@ -185,15 +188,18 @@ def built_in() -> Audited:
     trusted = np.sort(np.random.default_rng(0).permutation(len(labels))[:300])
     labels[trusted] = truth[trusted]
     table = [{"text": text, "label": names[k]} for text, k in zip(comments.texts, labels, strict=True)]
-    return Audited(list(comments.texts), names, labels, trusted, np.array([], dtype=int), 0, "texts", table, ("text", "label"), truth)  # fmt: skip
+    return Audited(list(comments.texts), names, labels, trusted, {}, 0, "texts", table, ("text", "label"), truth)  # fmt: skip
 
 
-def write_corrected(path: Path, data: Audited, labels: np.ndarray, trusted: np.ndarray) -> None:
-    """The table with its labels corrected, and a column ``trusted``: 1 of rows that are right, ``wrong`` of those found wrong; paths
-    of images as seen from its folder."""
+def write_corrected(path: Path, data: Audited, labels: np.ndarray, checked: np.ndarray) -> None:
+    """The table with its labels corrected, and a column ``trusted``: 1 of the trusted rows, ``checked`` of those that were looked at,
+    ``wrong`` where the right label is not known; paths of images as seen from its folder."""
     column, label_column = data.columns
     marks = np.full(len(labels), "", dtype=object)
-    marks[trusted], marks[np.setdiff1d(data.wrong, trusted)] = "1", "wrong"
+    for row, mark in data.marked.items():
+        marks[row] = mark
+    marks[checked] = MARKS[0]
+    marks[data.trusted] = "1"
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys([*data.table[0], "trusted"])))
         writer.writeheader()

@@ -154,9 +154,11 @@ def test_rows_found_wrong_stay_so(table, tmp_path, capsys):
         writer.writerows(rows)
     assert audit(path, tmp_path / "out") == 0
     assert not set(listed(tmp_path / "out")) & set(wrong[:5])
-    assert {int(r["row"]) for r in read(tmp_path / "out" / "wrong_labels.csv") if r["found_wrong"] == "1"} == set(
-        wrong[:5]
-    )
+    assert {
+        int(r["row"])
+        for r in read(tmp_path / "out" / "wrong_labels.csv")
+        if r["checked"] == "1" and r["trusted"] == "0"
+    } == set(wrong[:5])
 
 
 @pytest.mark.parametrize(

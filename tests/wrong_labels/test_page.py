@@ -104,10 +104,10 @@ def decisions(path, lines, header="row,label,decision,new_label"):
 def test_decisions_correct_labels_and_make_trusted_rows(tmp_path):
     labels = np.array([0, 1, 2, 0, 1, 2])
     path = decisions(tmp_path / "d.csv", ["2,2,wrong,0", "4,1,right,1"])
-    corrected, trusted = with_decisions(labels, [0, 1], path)
-    assert corrected.tolist() == [0, 1, 0, 0, 1, 2] and trusted.tolist() == [0, 1, 2, 4] and labels[2] == 2
-    again = with_decisions(corrected, trusted, path)  # once more changes nothing
-    assert again[0].tolist() == corrected.tolist() and again[1].tolist() == trusted.tolist()
+    corrected, checked = with_decisions(labels, path)
+    assert corrected.tolist() == [0, 1, 0, 0, 1, 2] and checked.tolist() == [2, 4] and labels[2] == 2
+    again = with_decisions(corrected, path)  # once more changes nothing
+    assert again[0].tolist() == corrected.tolist() and again[1].tolist() == checked.tolist()
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,9 @@ def test_decisions_correct_labels_and_make_trusted_rows(tmp_path):
 )
 def test_decisions_of_other_data_are_refused(tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
-        with_decisions([0, 1, 2, 0, 1, 2], [0, 1], decisions(tmp_path / "d.csv", [line]))
+        with_decisions([0, 1, 2, 0, 1, 2], decisions(tmp_path / "d.csv", [line]))
 
 
 def test_another_file_is_no_decisions(tmp_path):
     with pytest.raises(ValueError, match="has no column decision, new_label"):
-        with_decisions([0, 1], [0, 1], decisions(tmp_path / "d.csv", ["1,2"], "row,label"))
+        with_decisions([0, 1], decisions(tmp_path / "d.csv", ["1,2"], "row,label"))
