@@ -91,6 +91,13 @@ class CheckpointedCallback(TrainerCallback):
             complete(self.folder(args), state.global_step, self.state_name)
         self._staged = None
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The Trainer uploads a checkpoint before it says that it was saved: it has to be complete by then."""
+        if control.should_save and self._staged == state.global_step and self.takes_part(args) and args.should_save:
+            complete(self.folder(args), state.global_step, self.state_name)
+
     def end_run(self, args: TrainingArguments, state: TrainerState) -> None:
         """What was staged for a checkpoint that the Trainer did not write is of no use."""
         if args.should_save:

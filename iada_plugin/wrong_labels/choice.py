@@ -28,6 +28,8 @@ def bimodality(margin: Tensor) -> float:
         margin: ``[R]``; NaN where a row was not seen.
     """
     z = margin[torch.isfinite(margin)].double()
+    if len(z) < 2:  # of an epoch in which hardly a row was seen
+        return 0.0
     z = z - z.mean()
     z = z / z.square().mean().sqrt().clamp_min(1e-12)
     return float((z.pow(3).mean().square() + 1) / z.pow(4).mean().clamp_min(1e-12))

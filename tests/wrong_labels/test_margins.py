@@ -7,6 +7,7 @@ import torch.distributed as dist
 from processes import together
 
 from iada_plugin import MarginRecorder, find_wrong_labels
+from iada_plugin.wrong_labels.choice import best_of
 
 
 def epochs(n=60, classes=3, count=6, seed=0):
@@ -111,3 +112,12 @@ def test_bad_input_is_named():
         recorder.find_wrong_labels([0, 1])
     with pytest.raises(ValueError, match="there are 3 labels, and 4 rows were recorded"):
         recorder.find_wrong_labels([0, 1], labels=[0, 1, 0])
+
+
+def test_an_epoch_in_which_hardly_a_row_was_seen_is_not_chosen():
+    """Samplers that replace, or few rows: a part of them may have no margin at all yet."""
+    full = torch.linspace(-3, 3, 64).sign() * 2 + torch.randn(64, generator=torch.Generator().manual_seed(0)) * 0.1
+    few = torch.full((64,), torch.nan)
+    few[:3] = full[:3]
+    assert best_of(torch.stack([few, full])) == 1
+    assert best_of(torch.stack([few, few])) == 0
