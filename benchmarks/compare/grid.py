@@ -8,9 +8,7 @@ import functools
 import json
 import multiprocessing
 import os
-import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
@@ -18,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from meter import environment
 from tqdm import tqdm
 
 from iada_plugin import __version__
 
 #: To be raised whenever a figure of any method may come out otherwise: runs of an earlier one count as absent, and no table mixes them.
 RESULTS_VERSION = 1
-_PACKAGES = ("torch", "timm", "transformers", "accelerate", "numpy", "scikit-learn", "cleanlab")
+_PACKAGES = ("timm", "transformers", "accelerate", "numpy", "scikit-learn", "cleanlab")
 #: What is run once.
 _IDENTITY = ("cell", "group", "variant", "scenario", "method", "seed")
 
@@ -80,14 +79,10 @@ def append(path: Path, run: dict[str, Any]) -> None:
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """Of what a result depends on, and where it was made."""
-    on = (
-        torch.cuda.get_device_name()
-        if device.startswith("cuda")
-        else f"{os.cpu_count()} CPU cores ({platform.machine()})"
-    )
-    return {"results_version": RESULTS_VERSION, "commit": _commit(), "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "versions": {"iada_plugin": __version__, "python": platform.python_version(), **{p: v for p in _PACKAGES if (v := _version(p))}},
-            "machine": on, "threads": torch.get_num_threads()}  # fmt: skip
+    found = environment(device)
+    versions = {"iada_plugin": __version__, "python": found.pop("python"), "torch": found.pop("torch")}
+    versions |= {p: v for p in _PACKAGES if (v := _version(p))}
+    return {"results_version": RESULTS_VERSION, "commit": _commit(), "versions": versions, **found}
 
 
 @functools.cache

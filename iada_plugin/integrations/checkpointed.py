@@ -87,15 +87,17 @@ class CheckpointedCallback(TrainerCallback):
         """Complete the checkpoint that the Trainer has just written."""
         if self._staged != state.global_step:  # save_strategy="best" decides after the evaluation
             self._write(args, state)
-        if self.takes_part(args) and args.should_save:
-            complete(self.folder(args), state.global_step, self.state_name)
+        self._complete(args, state)
         self._staged = None
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The Trainer uploads a checkpoint before it says that it was saved: it has to be complete by then."""
-        if control.should_save and self._staged == state.global_step and self.takes_part(args) and args.should_save:
+        self._complete(args, state)
+
+    def _complete(self, args: TrainingArguments, state: TrainerState) -> None:
+        if self.takes_part(args) and args.should_save:
             complete(self.folder(args), state.global_step, self.state_name)
 
     def end_run(self, args: TrainingArguments, state: TrainerState) -> None:

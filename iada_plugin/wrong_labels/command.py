@@ -144,12 +144,14 @@ def _describe(data: Audited, labels: np.ndarray, checked: np.ndarray) -> None:
     """What was read, so that a wrong column shows at once."""
     print(f"{len(labels)} {data.kind} of {len(data.names)} classes, {len(data.trusted)} of them trusted.")
     size = len(data.names)
-    rows, right, bad = (np.bincount(labels[k], minlength=size) for k in (np.arange(len(labels)), data.trusted, checked))
+    rows, right, seen = (
+        np.bincount(labels[k], minlength=size) for k in (np.arange(len(labels)), data.trusted, checked)
+    )
     shown = np.argsort(-rows, kind="stable")[:_SHOWN]
     width = max(len(data.names[c][:30]) for c in shown)
     print(f"  {'label':<{width}}  {'rows':>8}  {'trusted':>8}  checked before")
     for c in shown:
-        print(f"  {data.names[c][:30]:<{width}}  {rows[c]:>8}  {right[c]:>8}  {bad[c]:>14}")
+        print(f"  {data.names[c][:30]:<{width}}  {rows[c]:>8}  {right[c]:>8}  {seen[c]:>14}")
     if size > _SHOWN:
         print(f"  and {size - _SHOWN} more")
     if none := int(((right == 0) & (rows > 0)).sum()):

@@ -468,3 +468,22 @@ def test_an_epoch_of_streamed_data_is_the_whole_run(tmp_path):
     ours = callback(warmup_epochs=None, warmup_ratio=0.5)
     trainer(tmp_path, ours, train=Stream(), max_steps=8).train()
     assert ours.engine is None  # closed after a whole run
+
+
+def test_a_checkpoint_is_complete_when_it_is_pushed(tmp_path):
+    """The Trainer uploads it within `_save_checkpoint`, before `on_save`."""
+    seen = []
+
+    class Pushing(Trainer):
+        def _save_checkpoint(self, *args, **kwargs):
+            super()._save_checkpoint(*args, **kwargs)
+            folder = tmp_path / f"checkpoint-{self.state.global_step}"
+            before = (folder / STATE_FILE).is_file()
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            seen.append((before, (folder / STATE_FILE).is_file(), [p.name for p in tmp_path.glob(".iada_state*")]))
+
+    torch.manual_seed(0)
+    Pushing(
+        model=distilbert(), args=arguments(tmp_path, **SAVING), train_dataset=dataset(), callbacks=[callback()]
+    ).train()
+    assert seen and set(map(str, seen)) == {"(False, True, [])"}
