@@ -210,6 +210,8 @@ class MetaIADA(Guest):
         }
         if self.reference is not None:
             self.parts["trusted"] = self.reference
+        if not getattr(type(self.optimizer).step, "hooked", False):
+            self.optimizer._patch_step_function()  # a wrapper that skips Optimizer.__init__, such as timm's Lookahead: no hooks until then
         self._step_hook = self.optimizer.register_step_post_hook(
             lambda *_: None if (iada := own()) is None else iada._after_optimizer_step()
         )

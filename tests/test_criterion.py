@@ -5,6 +5,7 @@ import itertools
 import pickle
 import random
 import warnings
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -564,6 +565,48 @@ def test_logits_that_are_not_the_classifiers():
         iada(model(x) * 2, y)
     with pytest.raises(RuntimeError, match="no training pass was seen"):
         iada(torch.randn(16, 3), y)
+
+
+def test_a_classifier_exchanged_in_the_middle_of_a_run():
+    model, iada = criterion()
+    x, y = vectors()
+    iada(model(x), y)
+    model.fc = nn.Linear(model.fc.in_features, 3)
+    with pytest.raises(RuntimeError, match=r"MLP ran, but not the classifier .* exchanged"):
+        iada(model(x), y)
+
+
+def test_an_optimizer_of_a_part_of_the_model():
+    model = MLP()
+    optimizer = torch.optim.SGD(model.fc.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=r"does not hold 2 of the 4 .*body.0.weight, .*virtual_lr"):
+        make(model, vectors(), optimizer=optimizer)[0].close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(model, vectors(), optimizer=optimizer, virtual_lr=0.1)[0].close()
+        model.body.requires_grad_(False)
+        make(model, vectors(), optimizer=optimizer)[0].close()
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As timm's Lookahead: Optimizer.__init__ is not called, and hooks are looked at from the second step on."""
+
+    def __init__(self, base):
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+        self.base, self.param_groups, self.defaults, self.state = base, base.param_groups, base.defaults, base.state
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_the_first_step_of_a_wrapped_optimizer_counts():
+    model = MLP().train()
+    iada, optimizer = make(model, vectors(), optimizer=Wrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
+    for _ in range(3):
+        iada(model(vectors()[0]), vectors()[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert iada.step == 3
 
 
 def test_token_wise_heads_are_refused():

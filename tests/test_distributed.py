@@ -14,8 +14,9 @@ from models import MLP, distilbert, tokens
 from processes import together
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import TensorDataset
+from training import vectors
 
-from iada_plugin import IADAConfig, MetaIADA, Report
+from iada_plugin import IADAConfig, MetaIADA, Report, meta_dataloader
 from iada_plugin.runtime.processes import gather_rows, global_mean, weighted_average_
 
 try:
@@ -125,7 +126,19 @@ def train_all(rank, world, folder):
         optimizer = torch.optim.SGD((model := MLP()).parameters(), lr=0.1)
         with pytest.raises(ValueError, match="static_graph"):
             MetaIADA(DistributedDataParallel(model, static_graph=True), optimizer, meta_loader=[], steps_per_epoch=2)
+        uneven_batches_are_refused()
     finish()
+
+
+def uneven_batches_are_refused():
+    wrapped = DistributedDataParallel(MLP())
+    (x, y), optimizer = vectors(), torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    iada = MetaIADA(
+        wrapped, optimizer, meta_loader=meta_dataloader(TensorDataset(x, y), 6, seed=0), steps_per_epoch=1, epochs=9
+    )
+    iada(wrapped(x), y).backward()
+    with pytest.raises(RuntimeError, match=r"join_uneven_inputs.*even_batches"), wrapped.join():
+        wrapped(x)
 
 
 def what_is_said_of_processes():

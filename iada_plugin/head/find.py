@@ -44,12 +44,18 @@ def find_classifier(model: nn.Module, name: str | nn.Module | None = None) -> tu
 
 def _live_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Named modules, without the inactive copies that peft keeps and the insides of its adapted layers."""
-    adapted: list[str] = []
+    passed_over: list[str] = []
     for name, module in model.named_modules():
-        if "original_module" in name.split(".") or any(name.startswith(f"{prefix}.") for prefix in adapted):
+        if any(f"{name}.".startswith(prefix) for prefix in passed_over):
             continue
         if hasattr(module, "base_layer"):
-            adapted.append(name)
+            passed_over.append(f"{name}.")
+            yield name, module
+            continue
+        if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
+            active = module.active_adapters
+            idle = [adapter for adapter in module.modules_to_save if adapter not in active]
+            passed_over += [f"{name}.original_module.", *(f"{name}.modules_to_save.{adapter}." for adapter in idle)]
         yield name, module
 
 
@@ -65,11 +71,11 @@ def _timm_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str | N
     if name and isinstance(modules.get(name), nn.Identity):
         raise ValueError(f"{type(model).__name__} has no classifier: create it with num_classes >= 2.")
     if name and not isinstance(modules.get(name), nn.Linear):
-        # Some families name a wrapper; take its one Linear.
-        inside = [key for key, m in modules.items() if key.startswith(f"{name}.") and isinstance(m, nn.Linear)]
+        # Some families name a wrapper; take its one Linear. Inside of peft's wrapper the name is the end of a longer one.
+        inside = [key for key, m in modules.items() if f".{name}." in f".{key}." and isinstance(m, nn.Linear)]
         if len(inside) == 1:
             return inside[0]
-    return name
+    return name if name in modules else None
 
 
 def _linear_classifier(model: nn.Module, modules: dict[str, nn.Module]) -> str:

@@ -46,7 +46,7 @@ class Schedule:
         self._values = list(parameters.values())
         place = {id(p): k for k, p in enumerate(self._values)}
         self._head_places = place.get(id(self.head.weight)), place.get(id(self.head.bias))
-        self.virtual = VirtualStep(optimizer, self._values, config.virtual_lr)
+        self.virtual = VirtualStep(optimizer, parameters, config.virtual_lr)
         self.tangents = TANGENTS[config.hypergradient](capture, parameters)
         self.gradient = MetaGradient(
             capture,

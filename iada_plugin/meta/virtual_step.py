@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -15,21 +16,28 @@ class VirtualStep:
 
     Args:
         optimizer: of the model.
-        parameters: what the step moves.
+        parameters: what the step moves, by name.
         lr: eta_1; ``None`` for each parameter's current rate.
 
     Raises:
         ValueError: the optimizer holds none of the parameters.
     """
 
-    def __init__(self, optimizer: Any, parameters: list[nn.Parameter], lr: float | None = None) -> None:
+    def __init__(self, optimizer: Any, parameters: dict[str, nn.Parameter], lr: float | None = None) -> None:
         self._given, self.optimizer = optimizer, unwrap_optimizer(optimizer)
-        self.parameters, self.lr = parameters, lr
+        self.parameters, self.lr = list(parameters.values()), lr
         known = {id(p) for _, members in self.groups for p in members}
-        if known.isdisjoint(map(id, parameters)):
+        unknown = [name for name, p in parameters.items() if id(p) not in known]
+        if len(unknown) == len(parameters):
             raise ValueError(
                 "the optimizer holds none of the model's trainable parameters: pass the one that trains this very model, and"
                 " make MetaIADA after both were prepared (Accelerate, fully_shard, DeepSpeed)."
+            )
+        if unknown and lr is None:
+            warnings.warn(
+                f"the optimizer does not hold {len(unknown)} of the {len(parameters)} trainable parameters ({', '.join(unknown[:3])}"
+                f"{', ...' if len(unknown) > 3 else ''}), so that the virtual step does not move them: set virtual_lr where another"
+                " optimizer trains them, or requires_grad=False where nothing does."
             )
 
     @property

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .isolation import Values, rng_state, set_rng_state
 from .precision import tf32_enabled
+from .processes import refuse_join
 from .sharding import is_fsdp, reshard
 
 #: Keyword arguments of a model that the loss uses, not the features.
@@ -127,6 +128,7 @@ class Capture:
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.busy and module.training and torch.is_grad_enabled():
+            refuse_join()
             self._begin(Forward(args, kwargs, rng=rng_state(self.device)))
 
     def _after_head(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
@@ -170,6 +172,12 @@ class Capture:
             ValueError: the features are not ``[N, H]``.
         """
         if forward is None or forward.features is None or forward.logits is None:
+            if forward is not None and output.grad_fn is not None:
+                raise RuntimeError(
+                    f"{type(self.model).__name__} ran, but not the classifier that MetaIADA was made for: it was exchanged since"
+                    " (reset_classifier, set_adapter), or the pass returns before it. close() this MetaIADA, and make a new one, and"
+                    " its optimizer, for the model as it is now."
+                )
             raise RuntimeError(
                 "no training pass was seen: call model(input) in training mode once before each call of the criterion,"
                 " with the model (or its DDP or compiled wrapper) that MetaIADA was made for."

@@ -8,6 +8,7 @@ from functools import reduce
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 def world_size() -> int:
@@ -18,6 +19,20 @@ def world_size() -> int:
 def rank() -> int:
     """This process's rank; 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
+
+
+def refuse_join() -> None:
+    """DDP's ``join``, in whose forward pass this is called, shadows its own collectives for a rank without batches, not ours.
+
+    Raises:
+        RuntimeError: it is on; the ranks would wait for each other for ever.
+    """
+    ddp = DistributedDataParallel._get_active_ddp_module() if world_size() > 1 else None
+    if ddp is not None and ddp._join_config.enable:
+        raise RuntimeError(
+            "join_uneven_inputs (DDP's join) lets a rank run out of batches before the others, and a meta step needs all of them: give"
+            " every rank as many batches (even_batches=True in Accelerate, drop_last or padding in a DistributedSampler)."
+        )
 
 
 def weighted_average_(tensors: Sequence[Tensor], weight: float) -> None:

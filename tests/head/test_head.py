@@ -3,7 +3,7 @@ import pickle
 
 import pytest
 import torch
-from models import ConvNet
+from models import ConvNet, distilbert
 from torch import nn
 
 from iada_plugin import IADAHead
@@ -233,3 +233,24 @@ def test_a_torchscript_model_is_refused_by_name(how):
     compiled = torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.randn(2, 4))
     with pytest.raises(ValueError, match=r"a TorchScript model .* train the eager one"):
         find_classifier(compiled)
+
+
+def test_the_classifier_of_the_active_adapter_is_found():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_lin"], modules_to_save=["pre_classifier", "classifier"])
+    model = peft.get_peft_model(distilbert(), lora, adapter_name="first")
+    model.add_adapter("second", lora)
+    for active in ("first", "second"):
+        model.set_adapter(active)
+        assert find_classifier(model)[0] == f"base_model.model.classifier.modules_to_save.{active}"
+
+
+@pytest.mark.parametrize("name,options,head", [
+    ("resnet10t", {}, "fc"),
+    ("vit_tiny_patch16_224", {"img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}, "head"),
+])  # fmt: skip
+def test_a_timm_model_in_peft(name, options, head):
+    peft, timm = pytest.importorskip("peft"), pytest.importorskip("timm")
+    model = timm.create_model(name, num_classes=3, **options)
+    lora = peft.LoraConfig(r=2, target_modules=r".*(conv2|qkv)", modules_to_save=[head])
+    assert find_classifier(peft.get_peft_model(model, lora))[0] == f"base_model.model.{head}.modules_to_save.default"
