@@ -373,9 +373,12 @@ def promise(runs: list[dict[str, Any]], kind: str, trusted: int = AT) -> str:
             f"{_with_error([v['false_alarms'] for v in adaptive])} / {_mean([v['power'] for v in adaptive])}"
         )
         row["empty"] = f"{sum(v['lists']['0.1']['rows'] == 0 for v in own)} of {len(own)}"
+        filled = [v["lists"]["0.1"]["false_alarms"] for v in own if v["lists"]["0.1"]["rows"]]
+        row["filled"] = _mean(filled) if filled else ""
         rows.append(row)
     columns = {"cell": "data", "wrong": "wrong", "share": "estimated (interval)", **{f"{v}": f"level {100 * v:g} %" for v in LEVELS},
-               "adaptive": "10 %, adaptive", "empty": "nothing listed at 10 %"}  # fmt: skip
+               "adaptive": "10 %, adaptive", "empty": "nothing listed at 10 %",
+               "filled": "false alarms of the other lists"}  # fmt: skip
     return table(rows, columns)
 
 

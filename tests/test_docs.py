@@ -146,7 +146,7 @@ def wrong_labels_names(tmp_path):
     x, y = torch.randn(60, 6), torch.arange(60) % 3
     model = MLP()
     return {
-        "embeddings": x, "labels": y, "trusted_rows": range(30), "texts": [f"text {k}" for k in range(60)], "epochs": 2,
+        "embeddings": x, "labels": y, "trusted_rows": range(30), "texts": [f"text {k}" for k in range(60)], "epochs": 2, "names": ["a", "b", "c"],
         "train": TensorDataset(x, y), "model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "classifier": names["model"], "args": names["args"], "dataset": rows(60, 0),
     }  # fmt: skip

@@ -111,7 +111,8 @@ def as_labels(data: Any) -> np.ndarray:
         )
     if labels.ndim != 1 or labels.size == 0 or labels.dtype.kind not in "iub":
         raise ValueError(
-            f"labels must be a non-empty list of class indices, got {labels.dtype} of shape {list(labels.shape)}."
+            f"labels must be a non-empty list of class indices, got {labels.dtype} of shape {list(labels.shape)}"
+            + (": labels.astype(int) if they are whole numbers." if labels.dtype.kind == "f" else ".")
         )
     if labels.min() < 0:
         raise ValueError(f"labels must not be negative, got {labels.min()}.")

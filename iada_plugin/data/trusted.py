@@ -172,6 +172,8 @@ def check_trusted_rows(rows: Any, num_rows: int, labels: Any = None, num_classes
         raise ValueError(
             f"trusted row {wrong} is out of range: the training set has {num_rows} rows, 0 to {num_rows - 1}."
         )
+    if len(found) == num_rows and num_rows > 2 and int(found[-1]) == 1:
+        raise ValueError("trusted rows are a mask of the numbers 0 and 1: pass it as bool, mask.astype(bool).")
     if (again := found[1:][found[1:] == found[:-1]]).numel():
         raise ValueError(f"trusted row {int(again[0])} is given twice: pass each row once.")
     if labels is not None:

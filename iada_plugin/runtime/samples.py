@@ -22,6 +22,7 @@ def content_of(samples: Any, index: Any) -> Any:
             f"samples[{index!r}] cannot be had ({type(error).__name__}: {error}): samples must give an image or a text for a row"
             " number, as a list, a data set or a function does."
         ) from error
+    row = row.to_dict() if hasattr(row, "iloc") else row
     if isinstance(row, Mapping):
         pictures = [v for v in row.values() if hasattr(v, "convert") or getattr(v, "ndim", 0) >= 2]
         texts = sorted((v for v in row.values() if isinstance(v, str)), key=len)  # the longest is no key or name

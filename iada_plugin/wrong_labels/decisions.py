@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..data.meta import as_labels
+from .tables import read_rows
 
 
 def with_decisions(labels: Any, decisions: str | Path | Sequence[str | Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -37,28 +37,25 @@ def with_decisions(labels: Any, decisions: str | Path | Sequence[str | Path]) ->
 
 
 def _take_in(found: np.ndarray, checked: set[int], decisions: str | Path) -> None:
-    with open(decisions, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        if missing := {"row", "label", "decision", "new_label"} - set(reader.fieldnames or ()):
+    for number, line in enumerate(read_rows(Path(decisions), ("row", "label", "decision", "new_label")), start=2):
+        where = f"{decisions}, line {number}"
+        try:
+            row, label, new = (int(line[k]) for k in ("row", "label", "new_label"))
+        except ValueError:
             raise ValueError(
-                f"{decisions} has no column {', '.join(sorted(missing))}: pass the CSV that the page exports."
+                f"{where}: row, label and new_label must be whole numbers, as the page exports them."
+            ) from None
+        if not 0 <= row < len(found):
+            raise ValueError(f"{where}: row {row} is not in 0..{len(found) - 1}.")
+        if line["decision"] not in ("right", "wrong") or new < 0 or (line["decision"] == "right") != (new == label):
+            raise ValueError(
+                f"{where}: {line['decision']!r} with the label {label} and the new label {new}: pass 'right' with the same label, or"
+                " 'wrong' with another one."
             )
-        for number, line in enumerate(reader, start=2):
-            try:
-                row, label, new = (int(line[k]) for k in ("row", "label", "new_label"))
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{decisions}, line {number}: row, label and new_label must be whole numbers."
-                ) from None
-            if not 0 <= row < len(found):
-                raise ValueError(f"{decisions}, line {number}: row {row} is not in 0..{len(found) - 1}.")
-            if line["decision"] not in ("right", "wrong") or new < 0 or (line["decision"] == "right") != (new == label):
-                raise ValueError(f"{decisions}, line {number}: {line['decision']!r} with the label {label} and the new label {new}: pass"
-                                 " 'right' with the same label, or 'wrong' with another one.")  # fmt: skip
-            if found[row] not in (label, new):
-                raise ValueError(
-                    f"{decisions}, line {number}: row {row} had the label {label} on the page and has {found[row]} here: these decisions"
-                    " are of other data, or of another order of the rows."
-                )
-            found[row] = new
-            checked.add(row)
+        if found[row] not in (label, new):
+            raise ValueError(
+                f"{where}: row {row} had the label {label} on the page and has {found[row]} here: these decisions are of other data, or"
+                " of another order of the rows."
+            )
+        found[row] = new
+        checked.add(row)

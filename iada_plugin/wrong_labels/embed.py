@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,6 +28,23 @@ def default_text_model() -> str:
     return str(Path(str(package.__file__)).parent / "model")
 
 
+def kept(file: Path | None, samples: Sequence[Any], model: str, embed: Callable[[], Tensor]) -> Tensor:
+    """The embeddings in ``file``, if they are of these samples by this model; else those that ``embed`` makes, which are kept there."""
+    if file is None:
+        return embed()
+    digest = hashlib.sha256(model.encode())
+    for sample in samples:
+        known = (str(sample), *sample.stat()[6:9:2]) if isinstance(sample, Path) else sample  # size and time of change
+        digest.update(known.tobytes() if isinstance(known, np.ndarray) else repr(known).encode())
+    if file.exists():
+        with safe_open(file, "pt") as stored:
+            if (stored.metadata() or {}).get("samples") == digest.hexdigest():
+                return stored.get_tensor("embeddings")
+    found = embed()
+    save_file({"embeddings": found}, file, {"samples": digest.hexdigest()})
+    return found
+
+
 def embed_texts(texts: Sequence[str], model: str, *, batch_size: int = 64, max_length: int = 256) -> Tensor:
     """``[R, H]``: the mean of a transformer's last hidden states, or latent semantic analysis.
 
@@ -36,14 +56,20 @@ def embed_texts(texts: Sequence[str], model: str, *, batch_size: int = 64, max_l
 
     Raises:
         ImportError: what it needs is not installed.
-        OSError: there is no such model.
+        ValueError: there is no such model.
     """
     if model == "tfidf":
         return _latent_semantic(texts)
     from transformers import AutoModel, AutoTokenizer
 
     own = {"local_files_only": True}  # nothing is downloaded
-    tokenizer, network = AutoTokenizer.from_pretrained(model, **own), AutoModel.from_pretrained(model, **own).eval()
+    try:
+        tokenizer, network = AutoTokenizer.from_pretrained(model, **own), AutoModel.from_pretrained(model, **own).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"there is no transformers model {model!r} on this machine, and nothing is downloaded: name the folder that holds its"
+            " config.json, weights and tokenizer, or tfidf."
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.to(device)
     found = torch.zeros(len(texts), network.config.hidden_size)
@@ -80,15 +106,23 @@ def embed_images(images: Sequence[Any], model: str, *, batch_size: int = 64) -> 
     Raises:
         ImportError: what it needs is not installed.
         OSError: an image cannot be read.
+        ValueError: there is no such model, or no weights.
     """
     if model == "pixels":
         return torch.stack([_pixels(image) for image in tqdm(images, desc="reading images")])
     import timm
 
     name, _, checkpoint = model.partition(":")
-    network = timm.create_model(name, pretrained=not checkpoint, num_classes=0)
-    if checkpoint:
-        timm.models.load_checkpoint(network, checkpoint, strict=False)
+    try:
+        network = timm.create_model(name, pretrained=not checkpoint, num_classes=0)
+        if checkpoint:
+            timm.models.load_checkpoint(network, checkpoint, strict=False)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ValueError(
+            f"timm cannot make {model!r} ({type(error).__name__}: {reason:.200}): name one of its models whose weights it has, or with a"
+            " file of weights, NAME:CHECKPOINT, or pixels."
+        ) from error
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network), is_training=False)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network.eval().to(device)

@@ -28,7 +28,7 @@ def drawn_share(wrong: int, checked: int) -> Share:
     Raises:
         ValueError: no row was checked, or more were wrong than were checked.
     """
-    if not 0 <= wrong <= checked or not checked:
+    if not 0 <= wrong <= checked or not checked or wrong != int(wrong):
         raise ValueError(
             f"{wrong} of {checked} checked labels cannot be wrong: count all that were drawn and looked at."
         )

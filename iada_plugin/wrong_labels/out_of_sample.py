@@ -55,7 +55,12 @@ def out_of_sample_logits(
         ValueError: shapes that do not fit, values that are not finite, or fewer than two folds.
     """
     y = torch.from_numpy(as_labels(labels))
-    x = embeddings.detach().cpu() if isinstance(embeddings, Tensor) else torch.as_tensor(np.asarray(embeddings))
+    x = embeddings.detach().cpu() if isinstance(embeddings, Tensor) else np.asarray(embeddings)
+    if not isinstance(x, Tensor) and x.dtype.kind not in "iufb":
+        raise ValueError(
+            f"embeddings are a {type(embeddings).__name__} without numbers: pass [{len(y)}, H] (x.toarray() if sparse)."
+        )
+    x = torch.as_tensor(x)
     if x.dim() != 2 or len(x) != len(y):
         raise ValueError(f"embeddings have shape {list(x.shape)} for {len(y)} labels: pass [{len(y)}, H].")
     if not x.isfinite().all():

@@ -152,16 +152,20 @@ class WrongLabels:
         return frame.iloc[self.ranking]
 
     def add_to(self, dataset: Any) -> Any:
-        """A `datasets.Dataset` with the columns ``suggested_label``, ``p_value`` and ``listed``.
+        """A `datasets.Dataset`, or a `pandas.DataFrame`, with the columns ``suggested_label``, ``p_value`` and ``listed``, in the place of
+        earlier ones.
 
         Raises:
             ValueError: it has another number of rows.
         """
         if len(dataset) != len(self.label):
             raise ValueError(f"the data set has {len(dataset)} rows, and {len(self.label)} labels were judged.")
-        found = self.columns()
-        for name in ("suggested_label", "p_value", "listed"):
-            dataset = dataset.add_column(name, found[name].tolist())
+        found = {name: v for name, v in self.columns().items() if name in ("suggested_label", "p_value", "listed")}
+        if hasattr(dataset, "assign"):
+            return dataset.assign(**found)
+        dataset = dataset.remove_columns([name for name in found if name in dataset.column_names])
+        for name, values in found.items():
+            dataset = dataset.add_column(name, values.tolist())
         return dataset
 
     def to_cleanlab(self) -> Any:
@@ -198,8 +202,8 @@ class WrongLabels:
     def __str__(self) -> str:
         share, n = self.wrong_share, int((~self.checked).sum())
         return (
-            f"{len(self)} of {n} labels are listed as wrong, at most {100 * self.false_alarms:g} % of them right (on average);"
-            f" about {100 * share.estimate:.1f} % are wrong ({100 * share.low:.1f} to {100 * share.high:.1f} %)"
+            f"{len(self)} of {n} labels are listed as wrong, at most {100 * self.false_alarms:g} % of them right (on average over draws of"
+            f" the trusted rows); about {100 * share.estimate:.1f} % of all look wrong ({100 * share.low:.1f} to {100 * share.high:.1f} %)"
         )
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..data.civilcomments import synthetic_civilcomments
 from ..data.noise import noisy_labels
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 _SEPARATORS = ",;\t|"
 #: What a table that was audited says of rows that were looked at and are not trusted.
 MARKS = ("checked", "wrong")
+#: Of the built-in sample.
+_CHECKED = 200
 _RIGHT, _WRONG = ("1", "1.0", "true", "yes", "right"), ("0", "0.0", "false", "no", "wrong")
 NO_TRUSTED = (
     "no row is trusted: say which labels were checked with --trusted, a column of 0 and 1 or a CSV with the columns row and trusted. To"
@@ -32,10 +34,11 @@ class Audited(NamedTuple):
     labels: np.ndarray  # [R]
     trusted: np.ndarray  # rows, drawn at random, that were found right
     marked: dict[int, str]  # rows that were looked at and are not trusted: "checked" or "wrong"
-    corrected: int  # of those drawn that were found wrong: how many have the right label now
     kind: str  # "texts" or "images"
     table: list[dict[str, str]]  # [R], as read
     columns: tuple[str, str]  # of the samples and the labels
+    corrected: int = 0  # labels that are right now
+    drawn: tuple[int, int] | None = None  # of a random draw: labels found wrong, and all that were looked at
     truth: np.ndarray | None = None  # [R]
 
 
@@ -45,6 +48,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: it is no UTF-8, has no rows or other columns, or a row has too few or too many fields.
     """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} in {Path.cwd()}.")
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark at the start
             header = file.readline()
@@ -80,14 +85,20 @@ def read_table(path: Path, text: str | None, image: str | None, label: str | Non
         raise ValueError(NO_TRUSTED)
     column = text or image
     assert column is not None
-    own = None if Path(trusted).is_file() else trusted
+    own = None if Path(trusted).is_file() or trusted.endswith(".csv") else trusted
     rows = read_rows(path, [column, label, *([own] if own else [])])
     for k, row in enumerate(rows):
-        if not row[label].strip():
+        row[label] = row[label].strip()
+        if not row[label]:
             raise ValueError(f"{path}: row {k} (from 0) has no {label}: fill it in, or leave the row out.")
     names = sorted({row[label] for row in rows}, key=_in_order)
     if len(names) < 2:
         raise ValueError(f"{path}: all labels in the column {label} are {names[0]!r}: there is nothing to tell apart.")
+    if len(names) > len(rows) / 2:
+        raise ValueError(
+            f"{path}: the column {label} has {len(names)} different values in {len(rows)} rows ({names[0]!r:.40}, {names[1]!r:.40}, ...):"
+            " name the one with the classes."
+        )
     index = {name: k for k, name in enumerate(names)}
     labels = np.array([index[row[label]] for row in rows])
     if own:
@@ -95,17 +106,35 @@ def read_table(path: Path, text: str | None, image: str | None, label: str | Non
         words = [row[own].strip().lower() for row in rows]
         marked = {k: word for k, word in enumerate(words) if word in MARKS}
         right = [k for k, w in enumerate(words) if k not in marked and _mark(w, f"{path}, row {k}, column {own}")]
-        changed = 0
+        changed, drawn = 0, None
     else:
         right, wrong, changed = _take_in(Path(trusted), rows, labels, index)
         marked = dict.fromkeys(wrong, MARKS[1])
+        drawn = (len(wrong) + changed, len(wrong) + len(right))
     if not right:
-        raise ValueError(NO_TRUSTED)
+        looked = f"all {len(marked)} labels that were checked are wrong: " if marked else ""
+        raise ValueError(looked + NO_TRUSTED)
     values: list[Any] = [row[column] for row in rows]
     if image:
         values = [path.parent / v for v in values]
-    return Audited(values, names, labels, np.array(right), marked, changed,
-                   "texts" if text else "images", rows, (column, label))  # fmt: skip
+    kind = "texts" if text else "images"
+    return Audited(values, names, labels, np.array(right), marked, kind, rows, (column, label), changed, drawn)
+
+
+def notices(data: Audited) -> Iterator[str]:
+    """What is odd about the data, in words."""
+    spelt: dict[str, str] = {}
+    for name in data.names:
+        if (other := spelt.setdefault(name.casefold(), name)) != name:
+            yield f"The labels {other!r} and {name!r} count as two classes."
+    if data.kind == "texts":
+        if empty := sum(not text.strip() for text in data.samples):
+            yield f"{empty} texts are empty."
+        count = Counter(data.samples)
+        pairs = Counter(text for text, _ in set(zip(data.samples, data.labels.tolist(), strict=True)))
+        if more := sum(n for n in count.values() if n > 1):
+            several = sum(count[text] for text, n in pairs.items() if n > 1)
+            yield f"{more} texts are there more than once, {several} of them with different labels."
 
 
 def _take_in(
@@ -113,12 +142,20 @@ def _take_in(
 ) -> tuple[list[int], list[int], int]:
     """Rows that a CSV of checked ones says are right, and wrong; labels that it corrects are changed in ``labels`` (and are right)."""
     right, wrong, changed = [], [], 0
+    seen: set[int] = set()
     for line in read_rows(path, ["row", "trusted"]):
         number = line["row"].strip()
         if not number.isdigit() or int(number) >= len(rows):
             raise ValueError(f"{path}: row {number!r} is not in the data, which has the rows 0 to {len(rows) - 1}.")
         row = int(number)
-        if other := [c for c in line if c in rows[row] and c not in ("row", "trusted") and line[c] != rows[row][c]]:
+        if row in seen:
+            raise ValueError(f"{path}: row {row} is there twice.")
+        seen.add(row)
+        if other := [
+            c
+            for c in line
+            if c in rows[row] and c not in ("row", "trusted") and line[c].strip() != rows[row][c].strip()
+        ]:
             raise ValueError(
                 f"{path}: row {row} has another {other[0]} in the data: it was drawn from other data, or another order."
             )
@@ -156,6 +193,8 @@ def read_folder(folder: Path, trusted: str | None) -> Audited:
     Raises:
         ValueError: there are no images, or checked ones that are not there.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder} in {Path.cwd()}.")
     names = sorted(p.name for p in folder.iterdir() if p.is_dir())
     files = [
         (p, k)
@@ -177,18 +216,24 @@ def read_folder(folder: Path, trusted: str | None) -> Audited:
         raise ValueError(f"{trusted} names no image: write the paths of checked ones, one a line.")
     table = [{"image": str(path), "label": names[k]} for path, k in files]
     return Audited([p for p, _ in files], names, np.array([k for _, k in files]), np.array(sorted(place[w] for w in wanted)),
-                   {}, 0, "images", table, ("image", "label"))  # fmt: skip
+                   {}, "images", table, ("image", "label"))  # fmt: skip
 
 
 def built_in() -> Audited:
-    """The built-in comments, a tenth of them with a wrong label, and 300 that were checked."""
-    comments = synthetic_civilcomments()["train"]
-    truth, names = np.asarray(comments.labels), ["fine", "toxic"]
-    labels = np.array(noisy_labels(comments.labels, "uniform", 0.2, seed=0)[0])
-    trusted = np.sort(np.random.default_rng(0).permutation(len(labels))[:300])
-    labels[trusted] = truth[trusted]
-    table = [{"text": text, "label": names[k]} for text, k in zip(comments.texts, labels, strict=True)]
-    return Audited(list(comments.texts), names, labels, trusted, {}, 0, "texts", table, ("text", "label"), truth)  # fmt: skip
+    """scikit-learn's digits, a tenth of them with a wrong label, and 200 that were drawn at random and checked."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    truth, names = digits.target, [str(k) for k in range(10)]
+    labels = noisy_labels(truth, "uniform", 0.1, seed=0)[0]
+    drawn = np.random.default_rng(0).permutation(len(labels))[:_CHECKED]
+    found = int((labels[drawn] != truth[drawn]).sum())
+    labels[drawn] = truth[drawn]
+    table = [{"image": f"digit {k}", "label": names[c]} for k, c in enumerate(labels)]
+    images = list((digits.images * (255 / 16)).astype(np.uint8))
+    return Audited(
+        images, names, labels, np.sort(drawn), {}, "images", table, ("image", "label"), found, (found, _CHECKED), truth
+    )
 
 
 def write_corrected(path: Path, data: Audited, labels: np.ndarray, checked: np.ndarray) -> None:
@@ -204,7 +249,7 @@ def write_corrected(path: Path, data: Audited, labels: np.ndarray, checked: np.n
         writer = csv.DictWriter(file, list(dict.fromkeys([*data.table[0], "trusted"])))
         writer.writeheader()
         for row, sample, label, mark in zip(data.table, data.samples, labels, marks, strict=True):
-            value = sample if data.kind == "texts" else os.path.relpath(sample, path.parent)
+            value = os.path.relpath(sample, path.parent) if isinstance(sample, Path) else row[column]
             writer.writerow({**row, column: value, label_column: data.names[label], "trusted": mark})
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from iada_plugin.wrong_labels import embed
 from iada_plugin.wrong_labels.command import main
@@ -89,7 +90,7 @@ def test_rows_are_drawn_checked_and_trusted(table, tmp_path, capsys):
     found = wrong_of(rows, wrong)
     said = capsys.readouterr().out
     assert len(listed(tmp_path / "out")) > 10 and not set(listed(tmp_path / "out")) & set(found)
-    assert f"{len(found)} of 80 checked labels were wrong" in said
+    assert f"Of 80 labels drawn at random {len(found)} were wrong" in said
     assert re.search(rf"money +{sum(r['kind'] == 'money' for r in read(path))} ", said)
     # and the right labels, where they are known: the rows are trusted, and a table without the mistakes comes out
     other = {"sport": "money", "money": "sport"}
@@ -100,7 +101,7 @@ def test_rows_are_drawn_checked_and_trusted(table, tmp_path, capsys):
             bad = int(r["row"]) in wrong
             writer.writerow({**r, "trusted": int(not bad), "right_label": other[r["kind"]] if bad else ""})
     assert audit(path, tmp_path / "two", trusted=drawn) == 0
-    assert f"{len(found)} of 80 checked labels were wrong" in capsys.readouterr().out
+    assert f"Of 80 labels drawn at random {len(found)} were wrong" in capsys.readouterr().out
     corrected, before = read(tmp_path / "two" / "corrected.csv"), read(path)
     assert [k for k, (a, b) in enumerate(zip(corrected, before, strict=True)) if a["kind"] != b["kind"]] == found
     assert sum(r["trusted"] == "1" for r in corrected) == 80
@@ -212,6 +213,9 @@ def test_a_timm_model_with_weights_in_a_file(tmp_path):
     model = timm.create_model("resnet10t", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     pictures = [np.full((40, 40, 3), 30 * k, dtype=np.uint8) for k in range(3)]
+    for model_name in (f"resnet10t:{tmp_path / 'nothing.pth'}", "resnet9"):
+        with pytest.raises(ValueError, match=r"timm cannot make .*NAME:CHECKPOINT"):
+            embed.embed_images(pictures, model_name)
     found = embed.embed_images(pictures, f"resnet10t:{tmp_path / 'weights.pth'}")
     assert found.shape == (3, model.num_features) and not torch.equal(found[0], found[1])
 
@@ -236,7 +240,11 @@ def test_a_transformer_embeds_texts(tmp_path):
         (["audit", "CSV"], "name the columns of the CSV"),
         (["audit", "CSV", "--text", "text", "--label", "kind"], "no row is trusted"),
         (["audit", "CSV", "--text", "body", "--label", "kind", "--trusted", "checked"], "has no column body; it has text, kind, checked"),
-        (["audit", "nothing.csv", "--text", "text", "--label", "kind", "--trusted", "checked"], "No such file"),
+        (["audit", "nothing.csv", "--text", "text", "--label", "kind", "--trusted", "checked"], "there is no file nothing.csv in"),
+        (["audit", "CSV", "--text", "text", "--label", "kind", "--trusted", "nothing.csv"], "there is no file nothing.csv in"),
+        (["audit", "CSV", "--text", "kind", "--label", "text", "--trusted", "checked"], "the column text has "),
+        (["audit", "--images", "nothing", "--trusted", "checked"], "there is no folder nothing in"),
+        (["audit", "CSV", "--text", "text", "--label", "kind", "--trusted", "checked", "--model", "nothing"], "no transformers model 'nothing'"),
         (["audit", "CSV", "--image", "text", "--label", "kind", "--trusted", "checked"], "name a --model for images"),
         (["draw", "CSV", "--label", "kind", "--rows", "9999"], "--rows 9999"),
         (["draw", "CSV"], "draw needs a CSV and its --label column"),
@@ -247,12 +255,74 @@ def test_bad_input_is_named(table, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_the_built_in_sample(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("iada_plugin.wrong_labels.command.default_text_model", lambda: "tfidf")
-    assert run("audit", "--output", tmp_path) == 0
+def test_the_built_in_sample(tmp_path, capsys):
+    kept = tmp_path / "pixels.safetensors"
+    assert run("audit", "--output", tmp_path / "one", "--embeddings", kept) == 0
+    said = capsys.readouterr()
+    found = listed(tmp_path / "one")
+    truth = load_digits().target
+    corrected = [int(r["label"]) for r in read(tmp_path / "one" / "corrected.csv")]
+    wrong = np.flatnonzero(truth != corrected)
+    assert len(set(found) & set(wrong)) > 0.5 * len(wrong) and "The truth is known here" in said.out
+    # decisions on its list, and the embeddings once more
+    labels = {int(r["row"]): r["label"] for r in read(tmp_path / "one" / "wrong_labels.csv")}
+    right = [row for row in found if labels[row] == str(truth[row])]
+    lines = [f"{row},{labels[row]},{'right' if row in right else 'wrong'},{truth[row]}" for row in found]
+    (tmp_path / "d.csv").write_text("\n".join(["row,label,decision,new_label", *lines]))
+    assert "reading images" in said.err
+    assert run("audit", "--output", tmp_path / "two", "--embeddings", kept, "--decisions", tmp_path / "d.csv") == 0
+    assert "reading images" not in capsys.readouterr().err and not set(listed(tmp_path / "two")) & set(found)
+    corrected = np.array([int(r["label"]) for r in read(tmp_path / "two" / "corrected.csv")])
+    assert (truth != corrected).sum() == len(set(wrong) - set(found))
+
+
+def test_embeddings_of_other_samples_are_made_anew(tmp_path):
+    file, calls = tmp_path / "e.safetensors", []
+
+    def embed_all():
+        calls.append(1)
+        return torch.full((2, 3), float(len(calls)))
+
+    image = tmp_path / "a.png"
+    for samples, model, made in [
+        (["a", "b"], "m", 1), (["a", "b"], "m", 1), (["a", "c"], "m", 2), (["a", "c"], "n", 3), (["a", "c"], "n", 3),
+    ]:  # fmt: skip
+        assert float(embed.kept(file, samples, model, embed_all)[0, 0]) == made
+    image.write_bytes(b"one")
+    assert [float(embed.kept(file, [image], "m", embed_all)[0, 0]) for _ in range(2)] == [4, 4]
+    image.write_bytes(b"another")
+    assert float(embed.kept(file, [image], "m", embed_all)[0, 0]) == 5
+
+
+def test_what_is_odd_about_the_data_is_said(table, tmp_path, capsys):
+    path, _ = table
+    text = path.read_text().splitlines()
+    text[1] = text[1].replace("sport", " sport ").replace("money", " money ")
+    text += [
+        "the the,sport,0",
+        "the the,money,0",
+        "the the,Money,0",
+        '" ",money,0',
+        "day day,money,0",
+        "day day,money,0",
+    ]
+    path.write_text("\n".join(text))
+    assert audit(path, tmp_path / "out") == 0
     said = capsys.readouterr().out
-    assert "The truth is known here" in said or "0 of" in said
-    assert (tmp_path / "wrong_labels.html").is_file()
+    assert "of 3 classes" in said  # a space is no other class
+    assert "The labels 'Money' and 'money' count as two classes." in said
+    assert "1 texts are empty." in said and "5 texts are there more than once, 3 of them with different labels." in said
+
+
+def test_why_nothing_is_listed_is_said(table, tmp_path, capsys):
+    path, _ = table
+    assert audit(path, tmp_path / "out", "--false-alarms", "0.02") == 0
+    said = capsys.readouterr().out
+    assert "0 of 180 labels are listed" in said
+    assert re.search(
+        r"listed at 2 %. With --false-alarms 0.02 --adaptive: \d+ rows; --false-alarms 0.04: \d+; --false-alarms", said
+    )
+    assert re.search(r"takes about \d+ checked rows; there are 60", said)
 
 
 def test_checked_rows_of_other_data_are_refused(table, tmp_path, capsys):
@@ -271,6 +341,13 @@ def test_checked_rows_of_other_data_are_refused(table, tmp_path, capsys):
     assert (
         audit(path, tmp_path, trusted=drawn) == 2
         and f"row {first[0]} has another text in the data" in capsys.readouterr().err
+    )
+    drawn.write_text("row,trusted\n3,1\n4,1\n3,0\n")
+    assert audit(path, tmp_path, trusted=drawn) == 2 and "row 3 is there twice" in capsys.readouterr().err
+    drawn.write_text("row,trusted\n3,0\n4,0\n")
+    assert (
+        audit(path, tmp_path, trusted=drawn) == 2
+        and "all 2 labels that were checked are wrong" in capsys.readouterr().err
     )
     drawn.write_text("row,trusted\n999,1\n")
     assert (

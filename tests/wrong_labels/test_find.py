@@ -196,6 +196,8 @@ BAD = {
     "comparison": ({"margins": np.zeros(20), "compare": "all"}, "compare='all' must be one of"),
     "suggested": ({"margins": np.zeros(20), "suggested": [0]}, r"suggested has shape \[1\]"),
     "trusted rows out of range": ({"margins": np.zeros(20), "trusted_rows": [0, 99]}, "trusted row 99 is out of range"),
+    "trusted rows as numbers 0 and 1": ({"margins": np.zeros(20), "trusted_rows": [0, 1] * 10}, "pass it as bool"),
+    "labels that are floats": ({"margins": np.zeros(20), "labels": [0.0, 1.0] * 10}, r"float64 .*labels.astype\(int\)"),
     "negative labels": ({"margins": np.zeros(20), "labels": [-1] * 20}, "labels must not be negative"),
 }  # fmt: skip
 
@@ -220,6 +222,10 @@ def test_exchange_with_pandas_datasets_and_cleanlab():
     data = found.add_to(Dataset.from_dict({"label": labels.tolist()}))
     assert [k for k, v in enumerate(data["listed"]) if v] == sorted(found.rows.tolist())
     assert data[int(found.rows[0])]["suggested_label"] == 1 - labels[found.rows[0]]
+    looser = found.at(0.5).add_to(data)  # in the place of the earlier columns
+    assert sum(looser["listed"]) == len(found.at(0.5)) and looser.column_names == data.column_names
+    data = found.add_to(pandas.DataFrame({"label": labels}))
+    assert data.index[data.listed].tolist() == sorted(found.rows.tolist())
     with pytest.raises(ValueError, match="the data set has 3 rows, and 600 labels were judged"):
         found.add_to(Dataset.from_dict({"label": [0, 1, 0]}))
     issues = found.to_cleanlab()
@@ -264,11 +270,14 @@ def test_the_share_of_a_random_draw():
     stats = pytest.importorskip("scipy.stats")
     np.testing.assert_allclose(share[1:], stats.beta.ppf([0.05, 0.95], 12.5, 188.5), atol=1e-3)
     assert drawn_share(0, 50).low == 0 and drawn_share(50, 50).high == 1
-    with pytest.raises(ValueError, match="5 of 3 checked"):
-        drawn_share(5, 3)
+    for wrong, checked in ((5, 3), (0.2, 200)):
+        with pytest.raises(ValueError, match=f"{wrong} of {checked} checked"):
+            drawn_share(wrong, checked)
 
 
 def test_samples_of_a_shuffled_table_go_by_place():
     pandas = pytest.importorskip("pandas")
     texts = pandas.Series(["first", "second", "third"], index=[2, 0, 1])
     assert [content_of(texts, k) for k in range(3)] == ["first", "second", "third"]
+    table = pandas.DataFrame({"text": texts, "key": ["a", "b", "c"]})
+    assert [content_of(table, k) for k in range(3)] == ["first", "second", "third"]
