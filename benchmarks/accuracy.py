@@ -131,6 +131,8 @@ GPU: dict[str, Task] = {
 _TRUSTED = ["ce", "la", "last_layer", "la_last_layer", "gce", "gce_prior", "glc", "aum10", "aum20", "mwn", "mwn_prior"]
 _TRUSTED_IADA = ["iada_paper", "iada_early", "iada_gate", "iada"]
 _TRUSTED_NOISE = [*_TRUSTED, *_TRUSTED_IADA, "oracle"]
+#: At minutes a run.
+_FINE_TUNED = ["ce", "last_layer", "gce", "glc", "aum20", "iada", "oracle"]
 _TRUSTED_TAIL = [*_TRUSTED, "isda_prior", "metasaug", *_TRUSTED_IADA]
 _IMAGES = "CIFAR-10 under EfficientNet-Lite0"
 _COMMENTS, _REUTERS = "hatexplain/all_data_with_identities.csv", "reuters52/reuters52.parquet"
@@ -169,6 +171,10 @@ PRETRAINED: dict[str, Task] = {
     "colored_mnist": Task("Colored MNIST, 6,000 training images, small convolutional network", "mnist",
                           lambda data, seed: make.train_along(make.colored_mnist(data, rows=12000, seed=seed)),
                           [m for m in _TRUSTED if m not in ("gce_prior", "mwn_prior")] + ["group_dro", *_TRUSTED_IADA], {"epochs": 20}),
+    "minilm": Task("HateXplain, MiniLM fine-tuned, 1,500 comments", _COMMENTS,
+                   lambda data, seed: make.comments_finetuned(data, seed=seed), _FINE_TUNED[:-1]),
+    "minilm_flip": Task("HateXplain, MiniLM fine-tuned, 1,500 comments, 30 % turned over", _COMMENTS,
+                        lambda data, seed: make.comments_finetuned(data, flipped=0.3, seed=seed), _FINE_TUNED),
     "resnet_flip2": Task("CIFAR-10 at 16 x 16, ResNet-8, 40 % wrong: two other classes", "cifar10",
                          lambda data, seed: make.train_along(CPU["cifar10_flip2_40"].build(data, seed)), _TRUSTED_NOISE,
                          CPU["cifar10_flip2_40"].settings),

