@@ -15,6 +15,7 @@ _HOME = {
     "MetaIADACallback": ".integrations.trainer",
     "MetaIADATask": ".integrations.timm_task",
     "Report": ".report",
+    "TrustedClassifier": ".integrations.estimator",
     "balanced_meta_split": ".data.meta",
     "meta_dataloader": ".runtime.batches",
     "last_complete_checkpoint": ".integrations.checkpoint",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .data.trusted import with_trusted as with_trusted
     from .head.layer import IADAHead as IADAHead
     from .integrations.checkpoint import last_complete_checkpoint as last_complete_checkpoint
+    from .integrations.estimator import TrustedClassifier as TrustedClassifier
     from .integrations.label_audit import LabelAuditCallback as LabelAuditCallback
     from .integrations.timm_task import MetaIADATask as MetaIADATask
     from .integrations.trainer import MetaIADACallback as MetaIADACallback

@@ -152,6 +152,13 @@ def wrong_labels_names(tmp_path):
     }  # fmt: skip
 
 
+def embeddings_names(tmp_path):
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, 2, 200)
+    x = draw.normal(size=(200, 4)) + 3 * y[:, None]
+    return {"X": x, "y": y, "trusted": range(60), "X_test": x[:5]}
+
+
 def after_wrong_labels(names):
     assert (
         names["recorder"].epochs == [1, 2] and names["audit"].wrong_labels.label.tolist() == names["dataset"]["labels"]
@@ -175,6 +182,7 @@ PREPARED = {
     "trainer_special.md": special_names,
     "trusted_rows.md": trusted_names,
     "without_meta_set.md": loop_names,
+    "embeddings.md": embeddings_names,
     "wrong_labels.md": wrong_labels_names,
 }
 

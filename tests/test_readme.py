@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -44,7 +45,14 @@ def loop_names(tmp_path):
     return {"train": images(6), "rows": range(10), "epochs": 3, "model": model, "optimizer": optimizer}
 
 
-PREPARED = {"Trainer": trainer_names, "timm": timm_names, "Report": loop_names}
+def embeddings_names(tmp_path):
+    draw = np.random.default_rng(0)
+    y = draw.integers(0, 2, 100)
+    x = draw.normal(size=(100, 4)) + 2 * y[:, None]
+    return {"X": x, "y": y, "rows": range(20), "X_test": x[:5]}
+
+
+PREPARED = {"Trainer": trainer_names, "TrustedClassifier": embeddings_names, "timm": timm_names, "Report": loop_names}
 
 
 @pytest.mark.parametrize("index", range(len(BLOCKS)))
@@ -60,6 +68,10 @@ def test_python_blocks_run(index, tmp_path, monkeypatch):
         assert any("iada/let_go" in log for log in names["trainer"].state.log_history)
         assert (tmp_path / "report" / "report.html").is_file() and len(names["callback"].report.suspects()) == 32
         assert names["trainer"].state.global_step == 10 and (tmp_path / "my-model" / "config.json").is_file()
+    elif key == "TrustedClassifier":
+        assert (
+            names["classifier"].predict(names["X_test"]).shape == (5,) and names["classifier"].wrong_labels_ is not None
+        )
     elif key == "timm":
         engine = names["task"].engine
         assert engine.step == 10 and engine.pop_metrics() == {"iada/let_go": 0}

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from PIL import Image
 
@@ -85,6 +86,22 @@ def test_quickstart(tmp_path):
     )
     assert right < 20 and found > 80
     assert (tmp_path / "suspects.png").stat().st_size > 10_000 and (tmp_path / "wrong_labels.html").is_file()
+
+
+def test_embeddings(tmp_path):
+    out = run("embeddings.py", "--output", tmp_path)
+    plain, ours = map(float, re.search(r"regression +([\d.]+) %\n +TrustedClassifier +([\d.]+) %", out).groups())
+    assert ours > plain + 10 and (tmp_path / "wrong_labels.html").is_file()
+    head = torch.export.load(tmp_path / "head.pt2").module()
+    assert head(torch.zeros(3, 64)).shape == (3, 10)
+    for name, values in {"x": np.eye(90, 4), "y": np.array(["a", "b"] * 45), "t": np.arange(30)}.items():
+        np.save(tmp_path / f"{name}.npy", values)
+    files = [
+        a
+        for n, v in (("embeddings", "x"), ("labels", "y"), ("trusted", "t"))
+        for a in (f"--{n}", tmp_path / f"{v}.npy")
+    ]
+    assert "by their given labels" in run("embeddings.py", *files, "--output", tmp_path)
 
 
 def test_augmented_images(tmp_path):
