@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from datasets import Dataset
 from models import MLP, ConvNet, distilbert, tokens
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
 from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback
 
@@ -152,6 +152,14 @@ def wrong_labels_names(tmp_path):
     }  # fmt: skip
 
 
+def decoders_names(tmp_path):
+    names = trainer_names(tmp_path)
+    config = LlamaConfig(
+        vocab_size=80, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, pad_token_id=0
+    )
+    return {**names, "model": LlamaForSequenceClassification(config), "rows": range(8)}
+
+
 def embeddings_names(tmp_path):
     draw = np.random.default_rng(0)
     y = draw.integers(0, 2, 200)
@@ -182,6 +190,7 @@ PREPARED = {
     "trainer_special.md": special_names,
     "trusted_rows.md": trusted_names,
     "without_meta_set.md": loop_names,
+    "decoders.md": decoders_names,
     "embeddings.md": embeddings_names,
     "wrong_labels.md": wrong_labels_names,
 }

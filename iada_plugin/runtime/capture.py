@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -182,6 +182,7 @@ class Capture:
                 "no training pass was seen: call model(input) in training mode once before each call of the criterion,"
                 " with the model (or its DDP or compiled wrapper) that MetaIADA was made for."
             )
+        self._pool(forward, output)
         if forward.features.dim() != 2:
             raise ValueError(
                 f"{type(self.model).__name__}: the classifier sees features of shape {list(forward.features.shape)}; IADA"
@@ -189,6 +190,27 @@ class Capture:
             )
         self._verify(forward.features, forward.logits, output)
         return forward
+
+    def _pool(self, forward: Forward, output: Any) -> None:
+        """Decoders (Llama, GPT-2, ...) run the classifier on all tokens ``[N, T, H]`` and return the logits of one of them, the last that
+        is not padding. Which one is told by its logits, bit for bit, in every version of every model; of equal ones the last that the
+        attention mask counts. Leaves in ``forward`` what is of that token."""
+        features, logits = forward.features, forward.logits
+        output = output["logits"] if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else output
+        if features.dim() != 3 or output.dim() != 2 or logits.shape[::2] != output.shape:  # type: ignore[union-attr]
+            return
+        with torch.no_grad():
+            own, wanted = logits.to(output.dtype), output[:, None]  # type: ignore[union-attr]  # Accelerate returns float32
+            same = ((own == wanted) | (own.isnan() & wanted.isnan())).all(dim=2)  # [N, T]
+            place = torch.arange(1, same.shape[1] + 1, device=same.device).expand(same.shape)
+            mask = forward.kwargs.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.shape == same.shape:
+                place = place + same.shape[1] * (mask != 0)
+            place = (place * same).argmax(dim=1)
+            if (not self._verified or output.device.type == "cpu") and not bool(same.any(dim=1).all()):
+                return  # pooled in another way
+        rows = torch.arange(len(place), device=place.device)
+        forward.features, forward.logits = features[rows, place], logits[rows, place]  # type: ignore[index]
 
     def _verify(self, features: Tensor, logits: Tensor, output: Tensor) -> None:
         """``output`` is what the classifier made of ``features``; the values are compared in the first pass, and always
@@ -249,10 +271,11 @@ class Capture:
                     if self.sharded:
                         probe.outputs = [t for t in tree_leaves(output) if isinstance(t, Tensor)]
                 else:
-                    functional_call(self.model, replaced, args, kwargs)
+                    output = functional_call(self.model, replaced, args, kwargs)
             self._check_unwritten(norms)
             if probe.features is None:
                 raise RuntimeError("the classifier did not run in a pass of the meta step.")
+            self._pool(probe, output)
             return probe
         finally:
             self._probe = None
