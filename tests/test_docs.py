@@ -160,6 +160,18 @@ def decoders_names(tmp_path):
     return {**names, "model": LlamaForSequenceClassification(config), "rows": range(8)}
 
 
+def lightning_names(tmp_path):
+    pytest.importorskip("lightning")
+    y = torch.arange(24) % 3
+    return {
+        "model": MLP(),
+        "train": TensorDataset(torch.randn(24, 6), y),
+        "rows": range(12),
+        "epochs": 5,
+        "folder": tmp_path,
+    }
+
+
 def embeddings_names(tmp_path):
     draw = np.random.default_rng(0)
     y = draw.integers(0, 2, 200)
@@ -192,6 +204,7 @@ PREPARED = {
     "without_meta_set.md": loop_names,
     "decoders.md": decoders_names,
     "embeddings.md": embeddings_names,
+    "lightning.md": lightning_names,
     "wrong_labels.md": wrong_labels_names,
 }
 

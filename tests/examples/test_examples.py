@@ -104,6 +104,12 @@ def test_embeddings(tmp_path):
     assert "by their given labels" in run("embeddings.py", *files, "--output", tmp_path)
 
 
+def test_lightning_module(tmp_path):
+    pytest.importorskip("lightning")
+    out = run("lightning_module.py", "--epochs", 8, "--output", tmp_path)
+    assert float(re.search(r"true labels: ([\d.]+) %", out)[1]) > 80
+
+
 def test_augmented_images(tmp_path):
     out = run("augmented_images.py", "--epochs", 3, "--decoder-epochs", 3, "--samples", 4, "--output", tmp_path)
     kept, other = map(int, re.search(r"own class in (\d) of 4, at -1 in (\d)", out).groups())
