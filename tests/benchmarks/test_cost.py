@@ -126,6 +126,20 @@ def test_step_cost_rows(steps):
     assert passes["lookahead"] == passes["double backward"] == (3, 3) and passes["lookahead low memory"] == (4, 3)
     assert passes["online M=N/4"] == (2.25, 1.25) and passes["online M=N/4 K=5"] == (1.25, 1.05)
     assert passes["head M=N/4"] == (1.25, 1)
+    assert passes["MetaSAug"] == (3, 3) and passes["ISDA, published code"] == (1, 1)
+
+
+def test_what_costs_more_than_promised_is_told(tmp_path, monkeypatch, capsys):
+    rows = [{"model": "m", "setting": "lookahead", "time_ratio": 3.4}, {"model": "m", "setting": "head", "time_ratio": 9.0},
+            {"model": "m", "setting": "loss only", "time_ratio": 1.05}, {"model": "m", "setting": "plain", "error": "none"}]  # fmt: skip
+    for number, code in ((4, 1), (0, 0)):
+        (tmp_path / "r.json").write_text(json.dumps({"rows": rows[:number]}))
+        monkeypatch.setattr(sys, "argv", ["step_cost.py", "--check", str(tmp_path / "r.json")])
+        with pytest.raises(SystemExit) as ended:
+            step_cost.main()
+        assert ended.value.code == code
+    said = capsys.readouterr().out
+    assert "m, lookahead: 3.40 times a plain step, promised 3.3" in said and "keeps what is promised" in said
 
 
 def test_step_cost_errors(steps):
