@@ -1,4 +1,5 @@
 import os
+import sys
 
 # Nothing in the tests may look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+    yield
+    if state := sys.modules.get("accelerate.state"):  # the precision of one test's Trainer would be the next one's
+        state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

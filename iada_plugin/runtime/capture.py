@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import MethodType
@@ -196,8 +196,12 @@ class Capture:
         is not padding. Which one is told by its logits, bit for bit, in every version of every model; of equal ones the last that the
         attention mask counts. Leaves in ``forward`` what is of that token."""
         features, logits = forward.features, forward.logits
-        output = output["logits"] if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else output
-        if features.dim() != 3 or output.dim() != 2 or logits.shape[::2] != output.shape:  # type: ignore[union-attr]
+        if features.dim() != 3:  # type: ignore[union-attr]
+            return
+        # Under whatever name the model returns it.
+        shape = logits.shape[::2]  # type: ignore[union-attr]  # [N, C]
+        output = next((t for t in tree_leaves(output) if isinstance(t, Tensor) and t.shape == shape), None)
+        if output is None:
             return
         with torch.no_grad():
             own, wanted = logits.to(output.dtype), output[:, None]  # type: ignore[union-attr]  # Accelerate returns float32

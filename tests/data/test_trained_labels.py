@@ -153,6 +153,7 @@ def test_a_split_of_labels_that_are_changed_is_refused():
 
 
 def test_a_lazy_column_is_read_at_once(monkeypatch):
+    pytest.importorskip("datasets", minversion="4.0")  # before, ["label"] is a list, and the transform runs to make it
     column = table().with_transform(lambda batch: pytest.fail("the transform runs"))["label"]
     monkeypatch.setattr(type(column), "__iter__", lambda self: pytest.fail("row by row"), raising=False)
     meta, rest = balanced_meta_split(column, 2)

@@ -472,6 +472,8 @@ def test_an_epoch_of_streamed_data_is_the_whole_run(tmp_path):
 
 def test_a_checkpoint_is_complete_when_it_is_pushed(tmp_path):
     """The Trainer uploads it within `_save_checkpoint`, before `on_save`."""
+    if not hasattr(transformers.trainer_callback.CallbackHandler, "on_push_begin"):
+        pytest.skip("this Trainer does not say when it uploads")
     seen = []
 
     class Pushing(Trainer):

@@ -207,7 +207,7 @@ def test_without_matplotlib():
     code = """
         import sys
         sys.modules["matplotlib"] = None
-        from iada_plugin import *
+        from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback, Report
         import torch, iada_plugin.report.visualize
         model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
         batch = torch.randn(4, 2), torch.arange(4) % 2

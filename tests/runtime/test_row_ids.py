@@ -120,7 +120,8 @@ def test_timm_loader(tmp_path, prefetcher, workers):
         (tmp_path / str(i % 2)).mkdir(exist_ok=True)
         Image.new("RGB", (16, 16), (i * 10,) * 3).save(tmp_path / str(i % 2) / f"{i}.png")
     inner = ImageDataset(str(tmp_path))
-    options = {"no_aug": True, "is_training": True, "use_prefetcher": prefetcher, "num_workers": workers}
+    options = {"no_aug": True, "is_training": True, "use_prefetcher": prefetcher, "num_workers": workers,
+               "persistent_workers": workers > 0}  # fmt: skip
     loader = create_loader(with_row_ids(inner, in_target=True), (3, 16, 16), 5, mean=(0, 0, 0), std=(1, 1, 1),
                            device=torch.device("cpu"), **options)  # fmt: skip
     seen = []
@@ -141,6 +142,8 @@ def test_timm_loader(tmp_path, prefetcher, workers):
 def test_timm_fast_collate(kind):
     from timm.data.loader import fast_collate
 
+    if isinstance(kind(np.zeros(1)), tuple) and importlib.util.find_spec("timm.task") is None:
+        pytest.skip("older timm copies each target of several views as a number")
     dataset = with_row_ids([(kind(np.full((3, 4, 4), i, dtype=np.uint8)), 5 + i) for i in range(3)], in_target=True)
     x, target = fast_collate([dataset[i] for i in (2, 0)])
     labels, rows = split_target(target)
