@@ -122,7 +122,8 @@ def environment(device: str) -> dict[str, Any]:
     """What a figure depends on."""
     cuda = device.startswith("cuda")
     return {
-        "command": " ".join(["python", *sys.argv]),
+        # Folders of this machine mean nothing elsewhere.
+        "command": " ".join(["python", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv)]),
         "machine": torch.cuda.get_device_name() if cuda else f"{os.cpu_count()} CPU cores ({platform.machine()})",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -60,6 +60,23 @@ def trusted_cost() -> str:
     return f"{_benchmark('trusted_cost').render(result)}\n\n{_made_by(result)}"
 
 
+def whole_runs() -> str:
+    """Seconds of whole runs in benchmarks/accuracy.py's tables, the default with trusted rows against cross-entropy."""
+    accuracy = _benchmark("accuracy")
+    runs = accuracy.grid.read(RESULTS / "accuracy_pretrained.jsonl")
+    seconds = {(r["scenario"], r["method"], r["seed"]): r["seconds"] for r in runs if "seconds" in r}
+    lines = ["| task | a run / the same by cross-entropy (median) | a run by cross-entropy, s |", "|---|---|---|"]
+    for name, task in accuracy.PRETRAINED.items():
+        pairs = [
+            (s, seconds.get((name, "iada", seed))) for (n, m, seed), s in seconds.items() if (n, m) == (name, "ce")
+        ]
+        ratios = [own / plain for plain, own in pairs if own]
+        if ratios:
+            plain = statistics.median(s for s, _ in pairs)
+            lines.append(f"| {task.title} | {statistics.median(ratios):.2f} | {plain:.0f} |")
+    return "\n".join(lines)
+
+
 def report_cost() -> str:
     """benchmarks/step_cost.py, the settings with and without a report."""
     result = json.loads((RESULTS / "report_cost_cpu.json").read_text())
@@ -199,6 +216,7 @@ BLOCKS = {
         step_cost,
         step_cost_gpu,
         trusted_cost,
+        whole_runs,
         logits_cost,
         report_cost,
         approximations,

@@ -40,6 +40,7 @@ def test_what_is_absent_is_listed_and_run_once(small, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 of 3 runs are absent:\n  a, ce, seed 0\n  b, ce, seed 0" in said and said.count("not tried again") == 1
     assert runs[0]["error"] == "ValueError: no such thing" and {r["method"] for r in runs[1:]} == {"ce", "iada"}
+    assert not any(str(tmp_path) in run["command"] for run in runs)
     assert {"settings", "versions", "machine", "curve", "seconds", "commit", "command", "results_version"} <= set(
         runs[1]
     )
