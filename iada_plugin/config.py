@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,11 @@ class IADAConfig:
     label_smoothing: float = _setting(
         0.0,
         "Share of the target that is spread over all classes alike, in warm-up and afterwards; the perturbation is the label's.",
+    )
+    class_weights: Sequence[float] | None = _setting(
+        None,
+        "Weight of each class in the loss [C], in warm-up and afterwards, scaled so that the training samples' weights have the mean 1. The"
+        " class prior makes up for rare classes already: with weights for that purpose too, set beta=0.",
     )
     warmup_ratio: float | None = _setting(
         None,
@@ -144,6 +150,13 @@ class IADAConfig:
             number = isinstance(setting.default, (int, float)) or name in _NUMBERS_OR_NONE
             if number and (isinstance(value, bool) or not isinstance(value, (int, float, type(setting.default)))):
                 raise ValueError(f"IADAConfig: {name}={value!r} must be a number.")
+        if self.class_weights is not None:
+            try:
+                self.class_weights = tuple(map(float, self.class_weights))
+            except (TypeError, ValueError):
+                self._check("class_weights", False, "None or a list of positive numbers, one for each class")
+            fine = len(self.class_weights) > 1 and all(0 < w < math.inf for w in self.class_weights)
+            self._check("class_weights", fine, "None or a list of positive numbers, one for each class")
         try:
             low, high = map(float, self.epsilon_range)
         except (TypeError, ValueError):
@@ -239,7 +252,8 @@ class IADAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON types."""
-        return {**asdict(self), "epsilon_range": list(self.epsilon_range)}
+        own = {**asdict(self), "epsilon_range": list(self.epsilon_range)}
+        return {**own, "class_weights": None if self.class_weights is None else list(self.class_weights)}
 
     def changed(self, trusted: bool = False) -> dict[str, Any]:
         """Settings that are not the default, with or without trusted rows."""

@@ -1097,3 +1097,55 @@ def test_an_optimizer_in_fastais_wrapper():
         iada(model(vectors()[0]), vectors()[1]).backward()
         wrapped.step()
     assert iada.step == 3 and iada.meta_batches.drawn == 2
+
+
+# ------------------------------------------------------------------------------------------------------ class weights
+
+WEIGHTS = (3.0, 0.5, 1.0)
+
+
+def test_class_weights_are_those_of_a_weighted_cross_entropy():
+    """In warm-up and afterwards; scaled so that the mean over training samples is 1, whatever the batch holds."""
+    counts, batches = [2, 5, 3], [vectors(10, seed=s) for s in range(5)]
+    weight = torch.tensor(WEIGHTS) / (torch.tensor(WEIGHTS) @ torch.tensor([0.2, 0.5, 0.3]))
+    model = MLP()
+    twin = copy.deepcopy(model)
+    iada, optimizer = make(model, vectors(seed=9), counts=counts, **NEUTRAL, class_weights=WEIGHTS)
+    losses = fit(model, iada, optimizer, batches)
+
+    def plain(output, y):
+        return (F.cross_entropy(output, y, reduction="none") * weight[y]).mean()
+
+    expected = fit(twin, plain, torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9), batches)
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+    torch.testing.assert_close(dict(model.named_parameters()), dict(twin.named_parameters()))
+    assert iada.config.to_dict()["class_weights"] == list(WEIGHTS)
+    model.eval()
+    with torch.no_grad():  # a validation loss is what it always is
+        assert torch.equal(
+            iada(model(batches[0][0]), batches[0][1]), F.cross_entropy(model(batches[0][0]), batches[0][1])
+        )
+
+
+def test_class_weights_without_counts_follow_what_is_seen():
+    x, y = vectors()
+    model, weight = MLP().train(), torch.tensor(WEIGHTS)
+    iada, _ = make(model, vectors(seed=9), class_weights=WEIGHTS, beta=0.0, alpha=0.0)
+    output = model(x)
+    expected = F.cross_entropy(output, y, reduction="none") * weight[y] / weight.mean()  # nothing seen yet: alike
+    torch.testing.assert_close(iada(output, y), expected.mean())
+
+
+def test_bad_class_weights():
+    for weights in ("ab", [1.0], [1.0, 0.0, 1.0], [1.0, float("nan"), 1.0], 3):
+        with pytest.raises(
+            ValueError, match=r"IADAConfig: class_weights=.* must be None or a list of positive numbers"
+        ):
+            IADAConfig(class_weights=weights)
+    with pytest.raises(ValueError, match="class_weights are 2 for 3 classes"):
+        make(MLP(), vectors(), class_weights=[1.0, 2.0])
+    model = MLP().train()
+    iada, _ = make(model, vectors(), class_weights=WEIGHTS)
+    x, y = vectors()
+    with pytest.raises(ValueError, match=r"soft targets .* with class_weights"):
+        iada(model(x), torch.softmax(torch.randn(len(y), 3), dim=1))

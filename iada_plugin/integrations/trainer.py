@@ -469,8 +469,8 @@ def _check_own_loss(outputs: Any, logits: Tensor, labels: Tensor, num_items: Any
         raise ValueError(
             f"the model's own loss is {value:.4g} where the cross-entropy of its logits is {expected[0]:.4g}: it has further terms (an"
             " auxiliary head, a regulariser, class weights), which MetaIADACallback would leave out. Have the model return the"
-            " cross-entropy alone (IADA has the class prior in it), or add the other terms to MetaIADA in a loop or compute_loss of"
-            " your own."
+            " cross-entropy alone (IADA has the class prior in it; weights: IADAConfig(class_weights=...)), or add the other terms to"
+            " MetaIADA in a loop or compute_loss of your own."
         )
 
 
