@@ -14,7 +14,7 @@ from iada_plugin.wrong_labels.embed import default_text_model
 
 from .features import package
 from .loop import Samples
-from .scenario import Scenario, Settings, balanced_scores, group_scores, train_along
+from .scenario import Scenario, Settings, group_scores, train_along
 
 
 class FineTuned(nn.Module):
@@ -53,7 +53,7 @@ def _settings(epochs: int) -> Settings:
 def comments_finetuned(
     path: str, *, flipped: float = 0.0, rows: int = 1500, trusted_per_group: int = 10, epochs: int = 5, seed: int = 0
 ) -> Scenario:
-    """Comments, scored by accuracy where labels are ``flipped``, by their identity groups otherwise.
+    """Comments with identity groups.
 
     Args:
         path: CSV in WILDS' layout of CivilComments.
@@ -81,6 +81,6 @@ def comments_finetuned(
     train.y = torch.where(torch.from_numpy(rng.random(len(train)) < flipped), 1 - train.y, train.y)
     return train_along(Scenario(
         "comments_finetuned", 2, train=train, meta=parts["meta"], val=parts["val"], test=parts["test"], settings=_settings(epochs),
-        score=balanced_scores if flipped else group_scores(len(GROUPS), torch.from_numpy(splits["train"].groups), 40),  # type: ignore[arg-type]
+        score=group_scores(len(GROUPS), torch.from_numpy(splits["train"].groups), 40),  # type: ignore[arg-type]
         network=lambda kind: FineTuned(2), class_names=("not toxic", "toxic"),
     ))  # fmt: skip

@@ -111,5 +111,6 @@ def test_a_transformer_is_trained_end_to_end(tmp_path, monkeypatch):
     train, trusted = found.train, found.trusted
     assert len(train) == 120 + len(trusted) and torch.equal(train.y[trusted], train.clean[trusted])
     assert 0.15 < float((train.y != train.clean).float().mean()) < 0.45
+    found.test, found.val = found.train, found.train  # with as many rows of a group as it takes to be scored
     result = run_method(found, METHODS["iada"], settings=study.with_overrides(found.settings, lr=0.01))
-    assert set(result["metrics"]) == {"accuracy", "macro_precision"}
+    assert {"worst_group", "average"} <= set(result["metrics"])
