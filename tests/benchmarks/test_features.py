@@ -107,9 +107,11 @@ def test_a_transformer_is_trained_end_to_end(tmp_path, monkeypatch):
     transformers.BertModel(config).save_pretrained(tmp_path)
     monkeypatch.setattr(finetuned, "package", lambda name: None)
     monkeypatch.setattr(finetuned, "default_text_model", lambda: str(tmp_path))
-    found = finetuned.comments_finetuned(comments(tmp_path), flipped=0.3, rows=120, trusted_per_group=3, epochs=3)
+    found = finetuned.comments_finetuned(
+        comments(tmp_path, (900, 100, 100)), flipped=0.3, rows=700, trusted_per_group=3, epochs=3
+    )
     train, trusted = found.train, found.trusted
-    assert len(train) == 120 + len(trusted) and torch.equal(train.y[trusted], train.clean[trusted])
+    assert len(train) == 700 + len(trusted) and torch.equal(train.y[trusted], train.clean[trusted])
     assert 0.15 < float((train.y != train.clean).float().mean()) < 0.45
     found.test, found.val = found.train, found.train  # with as many rows of a group as it takes to be scored
     result = run_method(found, METHODS["iada"], settings=study.with_overrides(found.settings, lr=0.01))
