@@ -207,6 +207,10 @@ _TRUSTED_TASKS = {
     "colored_mnist": ("Colored MNIST, worst group", "worst_group"),
     "balanced": ("CIFAR-10, clean", "accuracy"),
     "balanced_small": ("clean, network too small", "accuracy"),
+    "resnet_flip2": ("ResNet-8 from scratch: two other classes", "accuracy"),
+    "resnet_cifar10n": ("CIFAR-10N", "accuracy"),
+    "resnet_long_tail": ("CIFAR10-LT 100:1", "accuracy"),
+    "resnet_balanced": ("clean", "accuracy"),
 }
 
 BLOCKS = {
