@@ -54,6 +54,20 @@ def step_cost_gpu() -> str:
     return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
 
 
+def step_cost_widths() -> str:
+    """benchmarks/step_cost.py at usual widths: a model a row, a setting a column."""
+    result = json.loads((RESULTS / "step_cost_widths.json").read_text())
+    rows = [r for r in result["rows"] if r["setting"] != "plain"]
+    settings = list(dict.fromkeys(r["setting"] for r in rows))
+    found = {(r["model"], r["setting"]): r for r in rows}
+    lines = [f"| model | plain step, ms | {' | '.join(settings)} |", "|---|---|" + "---|" * len(settings)]
+    for plain in (r for r in result["rows"] if r["setting"] == "plain"):
+        own = (found.get((plain["model"], s), {}) for s in settings)
+        cells = (f"{r['time_ratio']:.2f} / {r['memory_ratio']:.2f}" if "time_ratio" in r else "failed" for r in own)
+        lines.append(f"| {plain['model']} | {1e3 * plain['seconds']:.0f} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _made_by(result)])
+
+
 def trusted_cost() -> str:
     """benchmarks/trusted_cost.py."""
     result = json.loads((RESULTS / "trusted_cost_cpu.json").read_text())
@@ -219,6 +233,7 @@ BLOCKS = {
     ROOT / "docs" / "cost_measured.md": [
         step_cost,
         step_cost_gpu,
+        step_cost_widths,
         trusted_cost,
         whole_runs,
         logits_cost,

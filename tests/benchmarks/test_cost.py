@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import logits_cost
 import meter
@@ -16,6 +17,8 @@ from iada_plugin import IADAHead
 from iada_plugin.functional import logits as IF
 from iada_plugin.meta import hypergradient as hg
 from iada_plugin.meta.difference import forward_tangent
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def test_peak_memory_counts_what_is_alive():
@@ -138,6 +141,7 @@ def test_what_costs_more_than_promised_is_told(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             step_cost.main()
         assert ended.value.code == code
+    assert not step_cost.exceeded(json.loads((RESULTS / "step_cost_widths.json").read_text()))
     said = capsys.readouterr().out
     assert "m, lookahead: 3.40 times a plain step, promised 3.3" in said and "keeps what is promised" in said
 
