@@ -152,11 +152,12 @@ class IADAConfig:
                 raise ValueError(f"IADAConfig: {name}={value!r} must be a number.")
         if self.class_weights is not None:
             try:
-                self.class_weights = tuple(map(float, self.class_weights))
+                weights = tuple(map(float, self.class_weights))
             except (TypeError, ValueError):
-                self._check("class_weights", False, "None or a list of positive numbers, one for each class")
-            fine = len(self.class_weights) > 1 and all(0 < w < math.inf for w in self.class_weights)
+                weights = ()
+            fine = len(weights) > 1 and all(0 < w < math.inf for w in weights)
             self._check("class_weights", fine, "None or a list of positive numbers, one for each class")
+            self.class_weights = weights
         try:
             low, high = map(float, self.epsilon_range)
         except (TypeError, ValueError):
@@ -252,8 +253,7 @@ class IADAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings as JSON types."""
-        own = {**asdict(self), "epsilon_range": list(self.epsilon_range)}
-        return {**own, "class_weights": None if self.class_weights is None else list(self.class_weights)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def changed(self, trusted: bool = False) -> dict[str, Any]:
         """Settings that are not the default, with or without trusted rows."""

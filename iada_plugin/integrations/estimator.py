@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,9 @@ from tqdm import tqdm
 from ..config import IADAConfig
 from ..criterion import MetaIADA
 from ..data.trusted import check_trusted_rows
+from ..perturbation.histories import margin_and_other
 from ..runtime.isolation import seed_rng
-from ..wrong_labels.find import check_enough
+from ..wrong_labels.find import trusted_rows_needed
 from ..wrong_labels.margins import judge_histories
 from ..wrong_labels.result import WrongLabels
 
@@ -35,6 +36,8 @@ _SEEN, _EPOCHS = 3_000_000, (5, 20)
 _STEPS, _BATCH = 200, (32, 512)
 #: When the learning rate falls, as a share of the run, and to what share of it.
 _MILESTONE, _GAMMA = 0.7, 0.1
+#: False alarms of the list.
+_LEVEL = 0.1
 #: Rows at once in prediction.
 _ROWS = 8192
 
@@ -179,23 +182,17 @@ class TrustedClassifier(ClassifierMixin, BaseEstimator):
         reference = iada.reference
         assert reference is not None
         self.kept_ = (reference.weight > 0).cpu().numpy()
-        try:
-            check_enough(len(reference.rows), 0.1)
-        except ValueError:
+        if len(reference.rows) < trusted_rows_needed(_LEVEL, 1.0):
             return
-        labels = reference.histories.label.cpu()
-        # What the row would be otherwise: the largest logit but that of its label.
-        logits = self._logits(x)
-        logits[torch.arange(len(labels)), labels] = -torch.inf
-        other = logits.argmax(dim=1)
+        _, other = margin_and_other(self._logits(x), None, reference.histories.label.cpu().long())
         self.wrong_labels_: WrongLabels | None = judge_histories(
-            reference.histories, other, reference.rows, class_names=[str(c) for c in self.classes_]
+            reference.histories, other, reference.rows, false_alarms=_LEVEL, class_names=[str(c) for c in self.classes_]
         )
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:
         self.network_.eval()
-        return torch.cat([self.network_(part.to(self.device)).float().cpu() for part in _parts(x)])
+        return torch.cat([self.network_(part.to(self.device)).float().cpu() for part in x.split(_ROWS)])
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities ``[N, C]`` of embeddings ``[N, H]``."""
@@ -214,7 +211,7 @@ class _Scale(nn.Module):
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
-        parts = [(p.double().sum(dim=0), p.double().square().sum(dim=0)) for p in _parts(x)]
+        parts = [(p.double().sum(dim=0), p.double().square().sum(dim=0)) for p in x.split(_ROWS)]
         mean, square = (torch.stack(values).sum(dim=0) / len(x) for values in zip(*parts, strict=True))
         deviation = (square - mean.square()).clamp_min(0).sqrt()
         deviation = torch.where(deviation > 1e-6 * mean.abs().clamp_min(1e-12), deviation, 1)  # a constant feature
@@ -223,7 +220,3 @@ class _Scale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) * self.scale
-
-
-def _parts(x: Tensor) -> Iterator[Tensor]:
-    return iter(x.split(_ROWS))

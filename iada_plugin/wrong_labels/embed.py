@@ -28,19 +28,24 @@ def default_text_model() -> str:
     return str(Path(str(package.__file__)).parent / "model")
 
 
-def kept(file: Path | None, samples: Sequence[Any], model: str, embed: Callable[[], Tensor]) -> Tensor:
-    """The embeddings in ``file``, if they are of these samples by this model; else those that ``embed`` makes, which are kept there."""
+def kept(
+    file: Path | None, samples: Sequence[Any], model: str, embed: Callable[[Sequence[Any], str], Tensor]
+) -> Tensor:
+    """The embeddings in ``file``, if they are of these samples by this model; else ``embed(samples, model)``, which are kept there."""
     if file is None:
-        return embed()
+        return embed(samples, model)
     digest = hashlib.sha256(model.encode())
     for sample in samples:
-        known = (str(sample), *sample.stat()[6:9:2]) if isinstance(sample, Path) else sample  # size and time of change
+        known = sample
+        if isinstance(sample, Path):
+            now = sample.stat()
+            known = (str(sample), now.st_size, now.st_mtime_ns)
         digest.update(known.tobytes() if isinstance(known, np.ndarray) else repr(known).encode())
     if file.exists():
         with safe_open(file, "pt") as stored:
             if (stored.metadata() or {}).get("samples") == digest.hexdigest():
                 return stored.get_tensor("embeddings")
-    found = embed()
+    found = embed(samples, model)
     save_file({"embeddings": found}, file, {"samples": digest.hexdigest()})
     return found
 
