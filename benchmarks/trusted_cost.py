@@ -96,7 +96,7 @@ class _Step:
 def history_cost(rows: int, device: str, batch_size: int = 256, num_classes: int = 1000) -> dict[str, Any]:
     """Bytes a row, microseconds a step and seconds a refresh for a training set of that size."""
     reference = TrustedReference(
-        torch.arange(TRUSTED), rows, gate="local_fdr", level=0.2, steps_per_epoch=2**40, epochs=None, device=torch.device(device)
+        torch.arange(TRUSTED), rows, gate="auto", level=0.2, steps_per_epoch=2**40, epochs=None, device=torch.device(device)
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731

@@ -103,9 +103,10 @@ class IADAConfig:
         " epsilon: a larger step on all samples alike is no gain). Default: 'loss'; 'pull' with trusted rows.",
     )
     gate: str = _setting(
-        "local_fdr",
-        "Which rows are let go, judged by the trusted rows (only with those): 'local_fdr' (probably wrong labels, where there is"
-        " evidence of any), 'hard' (whose p-value is below gate_level), or 'none'.",
+        "auto",
+        "What becomes of rows, judged by the trusted rows (only with those): 'local_fdr' lets probably wrong labels go, where there is"
+        " evidence of any; 'auto' does, too, and where there is none weighs rows by how much more often their like is found among trusted"
+        " rows, if these are harder (balanced over groups, say); 'hard' lets rows go whose p-value is below gate_level; 'none'.",
     )
     gate_level: float = _setting(0.2, "p-value below which a label is let go, where there is evidence of wrong ones.")
     epsilon_range: tuple[float, float] = _setting(
@@ -288,7 +289,7 @@ _CHOICES = {
     "schedule": (None, "lookahead", "online"),
     "memory": ("fast", "low"),
     "objective": (None, "loss", "pull"),
-    "gate": ("none", "hard", "local_fdr"),
+    "gate": ("auto", "local_fdr", "hard", "none"),
     "on_failure": ("skip", "stop"),
     "perturbation_scale": (None, "unit", "margin"),
 }

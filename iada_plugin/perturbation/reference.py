@@ -33,7 +33,7 @@ class TrustedReference:
         labels: ``[T]`` of the trusted rows, where they are known.
 
     Attributes:
-        weight: ``[R]`` weight of each row in the loss, 0 for one that is let go.
+        weight: ``[R]`` weight of each row in the loss, 0 for one that is let go; the mean is 1 where rows are weighed.
         histories: what became of each row so far.
         accuracy: training accuracy of the kept rows in the last whole epoch, 0 before.
     """
@@ -124,9 +124,11 @@ class TrustedReference:
     def state_dict(self) -> dict[str, Tensor]:
         """Histories, weights, and how well the model fits."""
         found = {f"histories.{k}": v for k, v in self.histories.state_dict().items()}
+        weighs = self.gate is not None and self.gate.weighs
         return {
             **found,
             "weight": self.weight,
+            "weighs": torch.tensor(weighs),
             "fit": self._fit,
             "accuracy": torch.tensor(self.accuracy, dtype=torch.float64),
             "rate": torch.tensor([self._rate, self._peak_rate], dtype=torch.float64),
@@ -141,3 +143,5 @@ class TrustedReference:
         self._fit.copy_(state["fit"])
         self.accuracy = float(state["accuracy"])
         self._rate, self._peak_rate = state["rate"].tolist()
+        if self.gate is not None:
+            self.gate.weighs = bool(state.get("weighs", False))

@@ -1,4 +1,4 @@
-"""Gates: which training rows are kept, judged by their histories against those of the trusted rows.
+"""Gates: which training rows are kept, and how much they count, judged by their histories against those of the trusted rows.
 
 A trusted row's label was checked and it is trained along with the rest, so the trusted rows show what a right label looks like
 at any moment of training. One class for each form, found by name in :data:`GATES`.
@@ -6,6 +6,7 @@ at any moment of training. One class for each form, found by name in :data:`GATE
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -19,15 +20,19 @@ from .conformal import (
     wilson_bound,
 )
 from .histories import Histories
+from .shift import LEAST_SHARE, LEAST_Z, density_ratio, trusted_look_worse
 
 __all__ = [
     "GATES",
+    "AutoGate",
     "Gate",
     "HardGate",
     "LocalFdrGate",
     "conformal_p_values",
     "right_label_probability",
 ]
+
+logger = logging.getLogger(__name__)
 
 #: Where something is estimated from trusted rows, rather than one of them looked up, there must be so many.
 LEAST_TRUSTED = 20
@@ -41,9 +46,15 @@ class Gate:
         min_visits: rows seen less often are kept, and no reference.
         groups: whom a row is compared with, see :func:`~iada_plugin.perturbation.conformal.conformal_p_values`.
 
+    Attributes:
+        weighs: whether the trusted rows were found to be harder than the rest of their classes: from then on rows are weighed instead
+            of let go (:mod:`~iada_plugin.perturbation.shift`).
+
     Raises:
         ValueError: naming the setting that is out of range.
     """
+
+    weighs = False
 
     def __init__(self, level: float = 0.1, *, min_visits: int = 2, groups: str = "pooled") -> None:
         if not 0 < level < 1:
@@ -61,7 +72,7 @@ class Gate:
 
     @torch.no_grad()
     def refresh(self, histories: Histories, trusted: Tensor) -> Tensor:
-        """Weight of each row: ``[R]`` in [0, 1], 1 to keep it and 0 to let it go; 1 for all where too few trusted rows were seen.
+        """Weight of each row: ``[R]``, 1 to keep it and 0 to let it go; 1 for all where too few trusted rows were seen.
 
         Args:
             histories: of R rows.
@@ -120,8 +131,31 @@ class LocalFdrGate(Gate):
         return 1 - (wrong | (found & (p < self.level))).to(score.dtype)
 
 
+class AutoGate(LocalFdrGate):
+    """Lets rows go as :class:`LocalFdrGate` does. Where that finds no wrong labels, and the trusted rows look worse than the rest of
+    their classes, it is another distribution that they are of: rows are then weighed by the ratio of the two (:mod:`.shift`), to the
+    end of the run, since once they are, the rare ones look better.
+    """
+
+    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """0 or 1, or a density ratio with the mean 1."""
+        if not self.weighs:
+            weight = super().weight(score, trusted, labels)
+            share, z = trusted_look_worse(score, trusted, labels)
+            if share <= LEAST_SHARE or z <= LEAST_Z or (weight == 0).float().mean() > self.evidence:
+                return weight
+            self.weighs = True
+            logger.info(
+                "Meta-IADA: trusted rows look worse than the rest of their classes, in %.0f %% of pairs (z = %.1f): rows are weighed by how"
+                " much more often rows like them are found among the trusted ones. (IADAConfig(gate='local_fdr') does not.)",
+                *(100 * share, z),
+            )
+        return density_ratio(score, trusted, labels)
+
+
 #: The forms, by name.
 GATES: dict[str, type[Gate]] = {
+    "auto": AutoGate,
     "hard": HardGate,
     "local_fdr": LocalFdrGate,
 }
