@@ -101,7 +101,7 @@ class TrustedReference:
             kept, right = self._fit.tolist()
             self.accuracy = right / max(kept, 1.0)
             self._fit.zero_()
-            if self.gate is not None and following >= self.start:
+            if self.gate is not None and not self.gate.weighs and following >= self.start:
                 self.weight.copy_(self.gate.refresh(self.histories, self.rows))
 
     def begun(self, step: int) -> bool:

@@ -47,8 +47,8 @@ class Gate:
         groups: whom a row is compared with, see :func:`~iada_plugin.perturbation.conformal.conformal_p_values`.
 
     Attributes:
-        weighs: whether the trusted rows were found to be harder than the rest of their classes: from then on rows are weighed instead
-            of let go (:mod:`~iada_plugin.perturbation.shift`).
+        weighs: whether the trusted rows were found to be harder than the rest of their classes: rows were then weighed, instead of let
+            go, by weights that stay (:mod:`~iada_plugin.perturbation.shift`).
 
     Raises:
         ValueError: naming the setting that is out of range.
@@ -133,23 +133,22 @@ class LocalFdrGate(Gate):
 
 class AutoGate(LocalFdrGate):
     """Lets rows go as :class:`LocalFdrGate` does. Where that finds no wrong labels, and the trusted rows look worse than the rest of
-    their classes, it is another distribution that they are of: rows are then weighed by the ratio of the two (:mod:`.shift`), to the
-    end of the run, since once they are, the rare ones look better.
+    their classes, it is another distribution that they are of: rows are then weighed by the ratio of the two (:mod:`.shift`). Once, for
+    the rest of the run: later, rare rows have been learned, and look better.
     """
 
     def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
         """0 or 1, or a density ratio with the mean 1."""
-        if not self.weighs:
-            weight = super().weight(score, trusted, labels)
-            share, z = trusted_look_worse(score, trusted, labels)
-            if share <= LEAST_SHARE or z <= LEAST_Z or (weight == 0).float().mean() > self.evidence:
-                return weight
-            self.weighs = True
-            logger.info(
-                "Meta-IADA: trusted rows look worse than the rest of their classes, in %.0f %% of pairs (z = %.1f): rows are weighed by how"
-                " much more often rows like them are found among the trusted ones. (IADAConfig(gate='local_fdr') does not.)",
-                *(100 * share, z),
-            )
+        weight = super().weight(score, trusted, labels)
+        share, z = trusted_look_worse(score, trusted, labels)
+        if share <= LEAST_SHARE or z <= LEAST_Z or (weight == 0).float().mean() > self.evidence:
+            return weight
+        self.weighs = True
+        logger.info(
+            "Meta-IADA: trusted rows look worse than the rest of their classes, in %.0f %% of pairs (z = %.1f): rows are weighed by how"
+            " much more often rows like them are found among the trusted ones. (IADAConfig(gate='local_fdr') does not.)",
+            *(100 * share, z),
+        )
         return density_ratio(score, trusted, labels)
 
 

@@ -379,6 +379,7 @@ def test_trusted_rows_balanced_over_groups_make_up_for_a_shortcut():
 
 
 def test_a_run_that_weighs_rows_resumes_exactly():
+    """And by the weights that it had found."""
     whole, parted = fit_shortcut("auto"), fit_shortcut("auto", stop=5)
     assert parted[0].reference.gate.weighs
     for one, other in zip(whole, parted, strict=True):
