@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attachment import Attachment
 from .config import IADAConfig
 from .functional.labels import check_labels, hard_labels, is_soft, smoothing_of
-from .head import IADAHead, convert_to_iada, find_classifier, restore_linear
+from .head import find_classifier
 from .head.layer import in_label_order
 from .meta.learner import MetaLearner, mean_loss
 from .meta.schedules import SCHEDULES
@@ -163,25 +164,50 @@ class MetaIADA(Guest):
             )
         check_last_batch(self.model, meta_loader)
         self.meta_batches = MetaBatches(meta_loader, linear.weight.device)
-        self._begin_head(linear)
+        self._attachment = Attachment(
+            self.model,
+            linear,
+            self.classifier_name,
+            covariance=config.covariance,
+            covariance_rank=config.covariance_rank,
+        )
+        self.head = self._attachment.head
         try:
-            if class_counts is not None:
-                self.head.set_class_counts(class_counts)
-            labels = trained_labels(meta_loader)
-            if labels is not None:
-                trained = (
-                    None
-                    if class_counts is None
-                    else torch.as_tensor(in_label_order(class_counts, self.head.out_features)) > 0
-                )
-                self._check_classes(labels, trained)
-                config = self.config
-            self.statistics = Statistics(self.head, config, characteristics)
-            if self.warmup.steps == 0:
-                self.statistics.begin_augmentation()
+            self._begin_statistics(class_counts, trained_labels(meta_loader), characteristics)
+            self._begin_learning(optimizer, parameters, compiled)
         except Exception:
-            self._restore_head()
+            self._attachment.remove()
             raise
+        kept = [t for t in (self.head.covariance, self.head.covariance_factor) if t is not None]
+        length = (
+            f"for {self.warmup.steps} steps"
+            if not self.warmup.open
+            else "until the training set is fitted at a low learning rate"
+        )
+        logger.info(
+            "Meta-IADA on %s of %s: warm-up %s, then a meta step every %d; class covariances %s, %.1f MB",
+            *(self.classifier_name, type(self.model).__name__, length, config.meta_every),
+            *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
+        )
+
+    def _begin_statistics(
+        self,
+        class_counts: Sequence[float] | Tensor | None,
+        meta_labels: Tensor | None,
+        characteristics: Sequence[Characteristic],
+    ) -> None:
+        trained = None
+        if class_counts is not None:
+            self.head.set_class_counts(class_counts)
+            trained = torch.as_tensor(in_label_order(class_counts, self.head.out_features)) > 0
+        if meta_labels is not None:
+            self._check_classes(meta_labels, trained)
+        self.statistics = Statistics(self.head, self.config, characteristics)
+        if self.warmup.steps == 0:
+            self.statistics.begin_augmentation()
+
+    def _begin_learning(self, optimizer: Any, parameters: dict[str, nn.Parameter], compiled: Sequence[bool]) -> None:
+        """Hooks, and the parts that they call."""
         own = weakref.ref(self)  # hooks must not keep alive what nobody else holds
         self.capture = Capture(
             self.model,
@@ -190,14 +216,11 @@ class MetaIADA(Guest):
             lambda: None if (iada := own()) is None else iada._step.forward,
             *compiled,
         )
-        try:
-            self.schedule = SCHEDULES[config.schedule](self.capture, optimizer, parameters, self.meta_batches, config)
-            self.learner = self.learner_type(self.head, config, len(self.statistics.characteristics))
-            self.schedule.gradient.check_batch()
-        except Exception:
-            self.capture.remove()
-            self._restore_head()
-            raise
+        self._attachment.on_removal(self.capture.remove)
+        config = self.config
+        self.schedule = SCHEDULES[config.schedule](self.capture, optimizer, parameters, self.meta_batches, config)
+        self.learner = self.learner_type(self.head, config, len(self.statistics.characteristics))
+        self.schedule.gradient.check_batch()
         self.failures = Failures(config.on_failure, self.capture.device)
         #: What is saved, by name; and what follows each step, in this order.
         self.parts: dict[str, state.Stateful] = {
@@ -210,29 +233,11 @@ class MetaIADA(Guest):
         }
         if self.reference is not None:
             self.parts["trusted"] = self.reference
-        if not getattr(type(self.optimizer).step, "hooked", False):
-            self.optimizer._patch_step_function()  # a wrapper that skips Optimizer.__init__, such as timm's Lookahead: no hooks until then
-        self._step_hook = self.optimizer.register_step_post_hook(
-            lambda *_: None if (iada := own()) is None else iada._after_optimizer_step()
+        unhook = self._attachment.after_steps(
+            self.optimizer, lambda: None if (iada := own()) is None else iada._after_optimizer_step()
         )
-        for hook in (self._step_hook, self.capture):
-            weakref.finalize(self, hook.remove)
-        # DDP would send the statistics, equal on all ranks anyway, at every forward pass.
-        buffers = [f"{self.classifier_name}.{name}" for name, _ in self.head.named_buffers()]
-        self._ddp_ignored = getattr(self.model, "_ddp_params_and_buffers_to_ignore", None)
-        self.model._ddp_params_and_buffers_to_ignore = [*(self._ddp_ignored or []), *buffers]  # type: ignore[assignment]
-        kept = [t for t in (self.head.covariance, self.head.covariance_factor) if t is not None]
-        logger.info(
-            "Meta-IADA on %s of %s: warm-up %s, then a meta step every %d; class covariances %s, %.1f MB",
-            *(self.classifier_name, type(self.model).__name__),
-            *(
-                "until the training set is fitted at a low learning rate"
-                if self.warmup.open
-                else f"for {self.warmup.steps} steps",
-                config.meta_every,
-            ),
-            *(" + ".join(str(list(t.shape)) for t in kept), sum(t.nbytes for t in kept) / 2**20),
-        )
+        for remove in (unhook, self.capture.remove):
+            weakref.finalize(self, remove)
 
     def _check_classes(self, labels: Tensor, trained: Tensor | None) -> None:
         """A meta set without some class would teach to give that up: an error; with trusted rows there is the gate all the same."""
@@ -243,17 +248,6 @@ class MetaIADA(Guest):
                 raise
             self.config = replace(self.config, alpha=0.0, meta_lr=0.0, covariance_lr=0.0)
             warnings.warn(f"no perturbations in this run, labels are let go all the same: {error}")
-
-    def _begin_head(self, linear: nn.Linear) -> None:
-        if "_converted_from" in vars(linear):
-            warnings.warn("an earlier MetaIADA on this model was not closed: this one takes its place.")
-            restore_linear(linear)  # type: ignore[arg-type]
-        if not isinstance(linear, IADAHead):
-            linear = convert_to_iada(
-                linear, covariance=self.config.covariance, covariance_rank=self.config.covariance_rank
-            )
-        self.head: IADAHead = linear
-        self._conversion = vars(self.head).get("_converted_from")
 
     # ------------------------------------------------------------------------------------------------ the criterion
 
@@ -634,22 +628,9 @@ class MetaIADA(Guest):
             for function in functions:
                 function()
         finally:
-            self._remove()
-
-    def _remove(self) -> None:
-        self._step = Step(self._step.number)
-        self.capture.remove()
-        self._step_hook.remove()
-        self.meta_batches.close()
-        self._restore_head()
-        if self._ddp_ignored is not None:
-            self.model._ddp_params_and_buffers_to_ignore = self._ddp_ignored  # type: ignore[assignment]
-        else:
-            vars(self.model).pop("_ddp_params_and_buffers_to_ignore", None)
-
-    def _restore_head(self) -> None:
-        if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
-            restore_linear(self.head)
+            self._step = Step(self._step.number)
+            self.meta_batches.close()
+            self._attachment.remove()
 
 
 class _Progress:

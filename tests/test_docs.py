@@ -172,6 +172,12 @@ def lightning_names(tmp_path):
     }
 
 
+def other_loops_names(tmp_path):
+    pytest.importorskip("fastai.basics")
+    names = loop_names(tmp_path)
+    return {**names, "train": names["data"], "validation": names["data"], "trusted": range(12), "device": "cpu"}
+
+
 def embeddings_names(tmp_path):
     draw = np.random.default_rng(0)
     y = draw.integers(0, 2, 200)
@@ -205,6 +211,7 @@ PREPARED = {
     "decoders.md": decoders_names,
     "embeddings.md": embeddings_names,
     "lightning.md": lightning_names,
+    "other_loops.md": other_loops_names,
     "wrong_labels.md": wrong_labels_names,
 }
 

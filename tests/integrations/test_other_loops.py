@@ -1,4 +1,4 @@
-"""Training loops of other libraries, by their pages in docs/lightning.md: they train what a plain loop does."""
+"""Training loops of other libraries, by docs/other_loops.md: they train what a plain loop does."""
 
 from functools import partial
 
@@ -66,16 +66,20 @@ def test_ignite():
 
 def test_fastai():
     pytest.importorskip("fastai.basics")
-    from fastai.data.core import DataLoaders
     from fastai.callback.progress import ProgressCallback
+    from fastai.data.core import DataLoaders
     from fastai.learner import Learner
     from fastai.optimizer import OptimWrapper
 
     train, model = setting()
     rows = with_row_ids(train)
     rows.n_inp = 1
-    dls = DataLoaders.from_dsets(rows, rows, bs=24, num_workers=0, shuffle_train=False, shuffle=False, drop_last=False, device="cpu")
-    learner = Learner(dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1, wd=0.0)
+    dls = DataLoaders.from_dsets(
+        rows, rows, bs=24, num_workers=0, shuffle_train=False, shuffle=False, drop_last=False, device="cpu"
+    )
+    learner = Learner(
+        dls, model, loss_func=nn.CrossEntropyLoss(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD), lr=0.1, wd=0.0
+    )
     learner.create_opt()
     iada = criterion(model, learner.opt.opt, train)
     learner.loss_func = lambda output, target, row: iada(output, target, ids=row)

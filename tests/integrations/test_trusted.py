@@ -344,7 +344,7 @@ def shortcut(n=3000, per_group=20, seed=0):
 
 
 def fit_shortcut(gate, epochs=8, stop=None):
-    x, y, agrees, trusted = shortcut()
+    x, y, _, trusted = shortcut()
 
     def new():
         torch.manual_seed(0)

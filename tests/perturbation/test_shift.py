@@ -17,7 +17,9 @@ def biased(n=4000, per_group=20, rare=0.1, gap=3.0, seed=0):
     labels = torch.randint(2, (n,), generator=draw)
     is_rare = torch.rand(n, generator=draw) < rare
     score = torch.randn(n, generator=draw) + 3 - gap * is_rare
-    trusted = [torch.nonzero((labels == c) & (is_rare == g)).flatten()[:per_group] for c in (0, 1) for g in (False, True)]
+    trusted = [
+        torch.nonzero((labels == c) & (is_rare == g)).flatten()[:per_group] for c in (0, 1) for g in (False, True)
+    ]
     return score.clamp(-8, 8), torch.cat(trusted).sort().values, labels, is_rare
 
 
