@@ -6,8 +6,8 @@ at any moment of training. One class for each form, found by name in :data:`GATE
 
 from __future__ import annotations
 
-import logging
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -31,8 +31,6 @@ __all__ = [
     "conformal_p_values",
     "right_label_probability",
 ]
-
-logger = logging.getLogger(__name__)
 
 #: Where something is estimated from trusted rows, rather than one of them looked up, there must be so many.
 LEAST_TRUSTED = 20
@@ -144,10 +142,10 @@ class AutoGate(LocalFdrGate):
         if share <= LEAST_SHARE or z <= LEAST_Z or (weight == 0).float().mean() > self.evidence:
             return weight
         self.weighs = True
-        logger.info(
-            "Meta-IADA: trusted rows look worse than the rest of their classes, in %.0f %% of pairs (z = %.1f): rows are weighed by how"
-            " much more often rows like them are found among the trusted ones. (IADAConfig(gate='local_fdr') does not.)",
-            *(100 * share, z),
+        warnings.warn(
+            f"trusted rows look worse than the rest of their classes, in {100 * share:.0f} % of pairs (z = {z:.1f}): from now on rows are"
+            " weighed by how much more often their like is found among the trusted ones. Right where these are balanced over groups;"
+            " if they were picked because they look suspicious, draw them at random instead, or set gate='local_fdr'."
         )
         return density_ratio(score, trusted, labels)
 
