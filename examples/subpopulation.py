@@ -6,9 +6,9 @@
     python examples/subpopulation.py --data celeba/ --dataset celeba --pretrained   # blond hair, by sex
 
 --data is a folder with MNIST's IDX files, with Waterbirds' metadata.csv and images, or with CelebA's list_attr_celeba,
-list_eval_partition and img_align_celeba/. The meta set is drawn from the validation data, balanced over groups; the rest of
-them selects the epoch by worst-group accuracy. For texts see examples/civilcomments.py. Four places, marked 1 to 4, are all
-that Meta-IADA adds to the loop.
+list_eval_partition and img_align_celeba/. Trusted rows are drawn from the validation data, balanced over groups, and both methods
+train on them along with the rest; what is left of the validation data selects the epoch by worst-group accuracy. No method is told the groups
+of the training set. For texts see examples/civilcomments.py. Three places, marked 1 to 3, are all that Meta-IADA adds to the loop.
 """
 
 import argparse
@@ -24,10 +24,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, StackDataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
-from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, meta_dataloader
+from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, with_row_ids, with_trusted
 from iada_plugin.data import colored_digits, read_celeba, read_mnist, read_waterbirds
 from iada_plugin.data.colored_mnist import GROUPS
 from iada_plugin.data.images import CELEBA_GROUPS, WATERBIRDS_GROUPS
@@ -75,6 +75,11 @@ def load(args):
     )
 
 
+def as_training(val_set, train_set):
+    """Validation images, augmented as those of the training set."""
+    return val_set if isinstance(val_set, Images) else replace(val_set, transform=train_set.transform)
+
+
 def set_defaults(args, **values):
     for name, value in values.items():
         if getattr(args, name) is None:
@@ -104,39 +109,33 @@ def by_group(predictions, targets, groups, num_groups):
     return group_accuracies(predictions == targets, group_memberships(groups, num_groups))
 
 
-def train(method, args, train_set, meta_set, val_set, val):
+def train(method, args, train_set, trusted, val_set, val):
     """The model of the epoch with the best worst group on ``val_set``, whose labels and groups are ``val``; that epoch, the report
     and the curve."""
     torch.manual_seed(args.seed)  # both methods start from the same weights
-    counts = np.bincount(train_set.targets)
-    model = make_model(args, train_set[0][0].shape[0], len(counts)).to(args.device)
+    model = make_model(args, train_set[0][0].shape[0], int(val[0].max()) + 1).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.8 * args.epochs)], 0.1)
     torch.manual_seed(args.seed + 1)
-    numbered = StackDataset(train_set, range(len(train_set)))
-    loader = DataLoader(numbered, args.batch_size, shuffle=True, num_workers=args.workers)
-    iada, report, first = None, None, 0
+    loader = DataLoader(with_row_ids(train_set), args.batch_size, shuffle=True, num_workers=args.workers)
+    iada, report = None, None
     if method == "iada":
-        # 1. The criterion: it learns from the meta set how to perturb each training sample, after a warm-up.
+        # 1. The criterion, which learns from the trusted rows.
         iada = MetaIADA(
-            model, optimizer, meta_loader=meta_dataloader(meta_set, args.batch_size, args.seed), class_counts=counts,
-            steps_per_epoch=len(loader), epochs=args.epochs,
-            config=IADAConfig(warmup_ratio=args.warmup_ratio, seed=args.seed),
+            model, optimizer, train_set=train_set, trusted_rows=trusted, steps_per_epoch=len(loader), epochs=args.epochs,
+            config=IADAConfig(seed=args.seed),
         )  # fmt: skip
-        # 2. Epochs of the warm-up must not be selected as its result.
-        first = min(math.ceil(args.warmup_ratio * args.epochs), args.epochs - 1)
-        # 3. A report, which looks on (needs Matplotlib).
+        # 2. A report, which looks on (needs Matplotlib).
         if importlib.util.find_spec("matplotlib"):
-            digits = isinstance(train_set, Images)
-            report = Report(iada, samples=train_set.images if digits else replace(train_set, transform=None))
+            report = Report(iada, samples=train_set)
     curve, best, selected, kept = [], -1.0, 0, None
     for epoch in (bar := tqdm(range(args.epochs), desc=NAMES[method])):
         model.train()
         total = 0.0
-        for (x, y), rows in loader:
+        for x, y, rows in loader:
             x, y = x.to(args.device), y.to(args.device)
             output = model(x)
-            # 4. The loss; the row numbers are for the report.
+            # 3. The loss; row numbers tell it whose history it is.
             loss = iada(output, y, ids=rows) if iada else F.cross_entropy(output, y)
             optimizer.zero_grad()
             loss.backward()
@@ -146,7 +145,7 @@ def train(method, args, train_set, meta_set, val_set, val):
         if not math.isfinite(total):
             raise ValueError(f"the loss of {NAMES[method]} is {total} in epoch {epoch + 1}: lower --lr.")
         worst = float(np.nanmin(by_group(predict(model, val_set, args), *val, 4)))
-        if epoch >= first and worst > best:
+        if worst > best:
             best, selected, kept = worst, epoch + 1, copy.deepcopy(model.state_dict())
         log = {"epoch": epoch + 1, "loss": total / len(train_set), "worst group (validation)": worst}
         curve.append({**log, **(iada.pop_metrics() if iada else {})})
@@ -162,13 +161,12 @@ def main():
     parser.add_argument("--data", help="see above; default: scikit-learn's digits, no download")
     parser.add_argument("--dataset", choices=["colored_mnist", "waterbirds", "celeba"], default="colored_mnist")
     parser.add_argument("--rows", type=int, help="use only so many images (colored_mnist)")
-    parser.add_argument("--meta-per-group", type=int, default=20)
+    parser.add_argument("--trusted-per-group", type=int, default=20)
     parser.add_argument("--model", help="small (for digits), or any timm model")
     parser.add_argument("--pretrained", action="store_true", help="start from timm's weights, which are downloaded")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float)
-    parser.add_argument("--warmup-ratio", type=float, default=0.2, help="share of the run before anything is perturbed")
     parser.add_argument("--method", choices=["ce", "iada", "both"], default="both")
     parser.add_argument("--image-size", type=int, help="of photographs, in pixels; default: 224")
     parser.add_argument("--workers", type=int, default=0, help="processes that load the images")
@@ -177,20 +175,20 @@ def main():
     parser.add_argument("--output", type=Path, default=Path("outputs/subpopulation"))
     args = parser.parse_args()
     train_set, val_set, test_set, names = load(args)
-    meta, rest = balanced_meta_split(
-        val_set.targets, args.meta_per_group, groups=val_set.groups, seed=args.seed, short="half"
+    checked, rest = balanced_meta_split(
+        val_set.targets, args.trusted_per_group, groups=val_set.groups, seed=args.seed, short="half"
     )
-    meta_set = Subset(val_set, meta)
+    joined, trusted = with_trusted(train_set, Subset(as_training(val_set, train_set), checked))
     sizes = np.bincount(train_set.groups, minlength=4)
     print(
-        f"{args.model}; training samples per group: {' '.join(map(str, sizes))}; meta {len(meta_set)}, test {len(test_set)}"
+        f"{args.model}; training samples per group: {' '.join(map(str, sizes))}; trusted {len(trusted)}, test {len(test_set)}"
     )
 
     found, reports, predictions = {}, {}, {}
     labels, groups = test_set.targets, test_set.groups
     for method in ["ce", "iada"] if args.method == "both" else [args.method]:
         val = val_set.targets[rest], val_set.groups[rest]
-        model, selected, reports[method], curve = train(method, args, train_set, meta_set, Subset(val_set, rest), val)
+        model, selected, reports[method], curve = train(method, args, joined, trusted, Subset(val_set, rest), val)
         predictions[method] = predict(model, test_set, args)
         right, each = predictions[method] == labels, by_group(predictions[method], labels, groups, 4)
         weighted = weighted_group_accuracy(right, group_memberships(groups, 4), sizes)
