@@ -357,6 +357,35 @@ def test_accelerate_loop(tmp_path):
         assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one), file
 
 
+@pytest.mark.parametrize("name", sorted(f.name for f in (ROOT / "examples" / "launch").glob("*.yaml")))
+def test_launch_files(name):
+    """Accelerate reads each, and each says how it is used."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    file = ROOT / "examples" / "launch" / name
+    assert load_config_from_file(str(file)).num_processes == 4
+    command = next(line.strip("# ").split() for line in file.read_text().splitlines() if "accelerate launch" in line)
+    assert command[:3] == ["accelerate", "launch", "--config_file"] and ROOT / command[3] == file
+
+
+def test_the_slurm_script_is_a_script():
+    script = ROOT / "examples" / "launch" / "slurm.sh"
+    environment = {
+        **os.environ,
+        "PATH": f"{script.parent}:{os.environ['PATH']}",
+        "SLURM_JOB_NODELIST": "",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_ID": "7",
+    }
+    stubs = 'scontrol() { echo first; }; srun() { shift; echo "$@"; }; set -- train.py --epochs 3; source '
+    done = subprocess.run(["bash", "-c", stubs + str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        *("torchrun", "--nnodes", "2", "--nproc-per-node", "4", "--rdzv-id", "7", "--rdzv-backend", "c10d", "--rdzv-endpoint", "first:29500"),
+        *("train.py", "--epochs", "3"),
+    ]  # fmt: skip
+
+
 def load(file):
     from safetensors.torch import load_file
 
