@@ -15,6 +15,7 @@ from models import MLP, ConvNet, distilbert, tokens
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
 
+import iada_plugin
 from iada_plugin import IADAConfig, MetaIADA, MetaIADACallback
 
 try:
@@ -29,6 +30,14 @@ TROUBLE = "troubleshooting.md"
 
 def blocks(text, language):
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_site_has_every_page_and_every_public_name():
+    site = (ROOT / "mkdocs.yml").read_text()
+    assert [name for name in PAGES if name not in site] == []
+    assert {*re.findall(r"^::: iada_plugin\.(\w+)$", PAGES["api.md"], re.MULTILINE)} == {*iada_plugin.__all__} - {
+        "__version__"
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ blocks that run
