@@ -13,7 +13,7 @@ def on_files(files, config):
     """Add the README, and what the folders hold of text and pictures."""
     found = [ROOT / "README.md", *(p for folder in FOLDERS for p in sorted((ROOT / folder).rglob("*")))]
     for path in found:
-        if path.suffix in (".md", ".png", ".py", ".yaml", ".sh") and "__pycache__" not in path.parts:
+        if path.suffix in (".md", ".png", ".py", ".yaml", ".sh", ".jsonl") and "__pycache__" not in path.parts:
             name = path.relative_to(ROOT).as_posix()
             files.append(File.generated(config, name, abs_src_path=str(path)))
     return files
