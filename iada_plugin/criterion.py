@@ -282,6 +282,22 @@ class MetaIADA(Guest):
         """Whether the next optimizer step still trains without perturbation."""
         return self.step < self.warmup.steps
 
+    @property
+    def phase(self) -> str:
+        """What the next optimizer step trains with, and what it waits for, in words."""
+        rows = "" if self.reference is None else self.reference.phase(self.step)
+        if not self._learns:
+            own = "no perturbations in this run"
+        elif not self.in_warmup:
+            own = f"perturbations, since step {self.warmup.steps}"
+        elif self.step >= self.warmup.statistics_start:
+            own = f"class statistics are collected, perturbations from step {self.warmup.steps} on"
+        elif self.warmup.open:
+            own = "no perturbations before the learning rate has fallen to a quarter and the kept rows are fitted"
+        else:
+            own = f"warm-up, perturbations from step {self.warmup.steps} on"
+        return f"{rows}; {own}" if rows else own
+
     # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
     @torch.compiler.disable
     def forward(
@@ -466,11 +482,15 @@ class MetaIADA(Guest):
 
     @property
     def _meta_step_due(self) -> bool:
-        # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
-        config, step = self.config, self._step
-        learns = config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)
-        due = learns and (step.number - self.warmup.steps) % config.meta_every == 0
+        step = self._step
+        due = self._learns and (step.number - self.warmup.steps) % self.config.meta_every == 0
         return due and not (step.begun or step.meta_done)
+
+    @property
+    def _learns(self) -> bool:
+        # With both rates at zero there is nothing to learn: the loss alone, at the cost of the loss alone.
+        config = self.config
+        return config.meta_lr > 0 or (config.covariance_lr > 0 and config.alpha > 0)
 
     def _begin_pass(self, forward: Forward) -> None:
         """Called before each training pass."""

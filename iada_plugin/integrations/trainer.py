@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, WeightedRandomSampler
+from tqdm import tqdm
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import IADAConfig
@@ -97,6 +98,7 @@ class MetaIADACallback(CheckpointedCallback):
         if report_dir is not None:
             TrainerReport.check(self.report_options)
         self.engine: MetaIADA | None = None
+        self._phase = ""
         self.report: Report | None = None
         self._watch: TrainerReport | None = None
         self._own_loss_seen = self._unlabelled = False
@@ -207,7 +209,7 @@ class MetaIADACallback(CheckpointedCallback):
         )
         if args.torch_compile:
             self.engine.capture.mark_compiled(args.torch_compile_mode in CUDA_GRAPH_MODES)
-        self._own_loss_seen = self._unlabelled = False
+        self._own_loss_seen, self._unlabelled, self._phase = False, False, ""
         self._hooks = [Hook(self._replace_loss).on(self.engine.model.register_forward_hook, with_kwargs=True)]
         if trainer is not None:
             self._hooks.append(Hook(self._check_run).on(self.engine.model.register_forward_pre_hook, prepend=True))
@@ -346,6 +348,10 @@ class MetaIADACallback(CheckpointedCallback):
                 " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"
                 " return outputs.loss, or use MetaIADA as the criterion there."
             )
+        if self.engine is not None and self.engine.phase != self._phase:
+            self._phase = self.engine.phase
+            if state.is_world_process_zero and not args.disable_tqdm:
+                tqdm.write(f"Meta-IADA after step {state.global_step}: {self._phase}.")
         super().on_step_end(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

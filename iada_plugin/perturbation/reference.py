@@ -108,6 +108,16 @@ class TrustedReference:
         """Whether the gate has been refreshed by that step."""
         return step >= self.start
 
+    def phase(self, step: int) -> str:
+        """What becomes of the rows in that step, in words."""
+        if self.gate is None:
+            return "all rows are kept"
+        if not self.begun(step):
+            return f"rows are followed, and judged from step {self.start} on"
+        if self.gate.weighs:
+            return "rows are weighed by how often their like is trusted"
+        return "rows whose label looks wrong are let go"
+
     def follow_rate(self, rate: float) -> None:
         """Take in the learning rate of a step."""
         self._rate, self._peak_rate = rate, max(rate, self._peak_rate)

@@ -220,7 +220,7 @@ def arguments(folder, **options):
     options = {"save_strategy": "no", "num_train_epochs": 8, "logging_steps": 10, **options}
     return TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=24, learning_rate=0.01, use_cpu=True, report_to=[],
-        disable_tqdm=True, seed=3, **options,
+        seed=3, **{"disable_tqdm": True, **options},
     )  # fmt: skip
 
 
@@ -245,6 +245,35 @@ def test_trainer(tmp_path, workers):
     assert seen["reference"].histories.label.tolist() == Y.tolist()
     assert t.state.log_history[-2]["iada/let_go"] == pytest.approx(float(gone.float().mean()))
     assert type(t.model.net.fc) is nn.Linear and not t.model._forward_pre_hooks
+
+
+def test_trainer_says_what_it_trains_with(tmp_path, capsys):
+    """Each phase once, where its bar stands; nothing without a bar."""
+    for quiet in (False, True):
+        callback = MetaIADACallback(trusted_rows=TRUSTED.tolist(), config=IADAConfig(warmup_epochs=5))
+        trainer(tmp_path, callback, disable_tqdm=quiet).train()
+        said = [line for line in capsys.readouterr().out.splitlines() if "Meta-IADA after step" in line]
+        followed, judged = (
+            "rows are followed, and judged from step 20 on; ",
+            "rows whose label looks wrong are let go; ",
+        )
+        assert said == ([] if quiet else [
+            f"Meta-IADA after step 1: {followed}warm-up, perturbations from step 50 on.",
+            f"Meta-IADA after step 20: {judged}warm-up, perturbations from step 50 on.",
+            f"Meta-IADA after step 40: {judged}class statistics are collected, perturbations from step 50 on.",
+            f"Meta-IADA after step 50: {judged}perturbations, since step 50.",
+        ])  # fmt: skip
+
+
+def test_phases_without_perturbations_and_with_weights():
+    iada = make(alpha=0.0, meta_lr=0.0, gate="none")[0]
+    assert iada.phase == "all rows are kept; no perturbations in this run"
+    iada = make()[0]
+    assert iada.phase.endswith(
+        "no perturbations before the learning rate has fallen to a quarter and the kept rows are fitted"
+    )
+    iada, _ = fit_shortcut("auto")
+    assert iada.phase.startswith("rows are weighed by how often their like is trusted; ")
 
 
 def test_trainer_resumes_in_the_middle_of_an_epoch(tmp_path):
