@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from .. import metrics
 from ..perturbation.network import PerturbationNetwork
@@ -23,23 +19,11 @@ from ..runtime.samples import content_of
 from ..wrong_labels import WrongLabels
 from ..wrong_labels.margins import judge_histories
 from . import figures
-from .analysis import eigenvalues, explain
+from .analysis import eigenvalues
+from .contents import content_or_none, write_contents
+from .evaluation import Evaluation, write_evaluations
 from .page import FILE, Page
 from .recorder import MAX_ID, Recorder
-
-#: Rows of the list of suspects in the HTML page; the CSV has all of them.
-_SHOWN = 48
-#: Of samples.csv, where they are known.
-_COLUMNS = ("id", "label", "predicted", "true_label", "suspicion", "contradicted", "epsilon", "loss", "epochs")
-#: Below this suspicion no label stands out: a sample that is contradicted half of the time, at an epsilon of 0, has 0.5.
-_CLEAR = 0.6
-_NOTHING_STANDS_OUT = (
-    "No label stands out here: the highest suspicion is {highest:.2f}. The network contradicts hardly any label that it is trained on. Either"
-    " there are no wrong ones, or it had learned them by heart before the warm-up was over (a shorter one, such as warmup_ratio=0.25, leaves"
-    " it less time to), or there were too few meta steps to learn from."
-)
-#: Classes whose covariance spectrum is drawn.
-_SPECTRA = 10
 
 
 class Suspect(NamedTuple):
@@ -65,15 +49,6 @@ class Suspect(NamedTuple):
     epsilon: float
     loss: float
     epochs: int
-
-
-@dataclass
-class Evaluation:
-    """Predictions of one model on one labelled set."""
-
-    predictions: np.ndarray  # [N]
-    labels: np.ndarray  # [N]
-    groups: dict[str, np.ndarray]  # name -> [N] memberships
 
 
 class Report:
@@ -170,32 +145,7 @@ class Report:
         Raises:
             ValueError: lengths or values that do not fit.
         """
-        predictions, labels = (metrics.as_integers(v, n) for v, n in ((predictions, "predictions"), (labels, "labels")))
-        if len(predictions) != len(labels) or not len(labels):
-            raise ValueError(f"evaluation {name!r}: {len(predictions)} predictions for {len(labels)} labels.")
-        for what, values in (("predictions", predictions), ("labels", labels)):
-            if values.min() < 0 or values.max() >= len(self.class_names):
-                raise ValueError(
-                    f"evaluation {name!r}: {what} run from {values.min()} to {values.max()}; there are"
-                    f" {len(self.class_names)} classes."
-                )
-        members: dict[str, np.ndarray] = {}
-        if groups is not None:
-            values = np.asarray(groups.cpu() if isinstance(groups, Tensor) else groups)
-            if values.ndim == 1:
-                indices = metrics.as_integers(values, "groups")
-                if indices.size and indices.min() < 0:
-                    raise ValueError(f"evaluation {name!r}: group {indices.min()} is negative.")
-                values = metrics.group_memberships(indices, int(indices.max(initial=0)) + 1)
-            if values.ndim != 2 or len(values) != len(labels):
-                raise ValueError(f"evaluation {name!r}: groups {list(values.shape)} for {len(labels)} labels.")
-            names = (
-                [f"group {g}" for g in range(values.shape[1])] if group_names is None else [str(n) for n in group_names]
-            )
-            if len(set(names)) != values.shape[1]:
-                raise ValueError(f"evaluation {name!r}: {len(set(names))} group_names for {values.shape[1]} groups.")
-            members = dict(zip(names, values.astype(bool).T, strict=True))
-        self.evaluations[name] = Evaluation(predictions, labels, members)
+        self.evaluations[name] = Evaluation.of(name, predictions, labels, groups, group_names, len(self.class_names))
 
     @overload
     def suspects(self, n: int | None = None) -> list[Suspect]: ...
@@ -312,56 +262,16 @@ class Report:
         recorder, folder = self._merged(), Path(folder)
         if rank() == 0:
             with figures.own_style():
-                self._write(recorder, self._now(), folder)
+                page, now = Page(folder), self._now()
+                table = self._table(recorder) if recorder.with_ids else None
+                write_contents(
+                    page, recorder, now, table, names=self.class_names, limits=self._limits, samples=self.samples
+                )
+                write_evaluations(page, self.evaluations, self.class_names)
+                if now.reference is not None and table is not None:
+                    self._write_wrong_labels(page, recorder)
+                page.finish()
         return folder / FILE
-
-    def _write(self, recorder: Recorder, now: _Kept, folder: Path) -> None:
-        page, limits = Page(folder), self._limits
-        names = self.class_names
-        counts = np.max([c[:, 0] for c in recorder.by_class.values()], axis=0)  # of a whole epoch, where there was one
-        rows = recorder.rows()
-        table = self._table(recorder) if recorder.with_ids else None
-        epsilon, labels = (table["epsilon"], table["label"]) if table is not None else (rows["epsilon"], rows["label"])
-        first, last = min(recorder.by_class) + 1, max(recorder.by_class) + 1
-        page.facts(
-            {
-                "Epochs": f"{first} to {last}",
-                "Optimizer steps": f"{recorder.last_step + 1:,}; the first without warm-up is number {(recorder.first_step or 0) + 1:,}",
-                "Samples followed": f"{len(epsilon):,}"
-                + ("" if table is not None else " (drawn at random: the batches had no ids)"),
-                "Mean epsilon": f"{epsilon.mean():+.3f}",
-                "Adversarial (epsilon > 0)": f"{100 * (epsilon > 0).mean():.1f} %",
-                **now.facts,
-            }
-        )
-        page.section("adversarial_share", figures.adversarial_share(recorder.by_class, names, counts))
-        page.section("epsilon", figures.epsilon_histograms(epsilon, labels, names, limits))
-        if table is not None and "true_label" in table:
-            wrong = table["true_label"] != table["label"]
-            page.section("clean_and_wrong", figures.clean_and_wrong(recorder.by_truth, table["epsilon"], wrong, limits))
-            if 0 < wrong.sum() < len(wrong):
-                rankings = {
-                    "suspicion": table["suspicion"],
-                    "epsilon alone": -table["epsilon"],
-                    "loss (of this run)": table["loss"],
-                }
-                page.section("finding", figures.finding_wrong_labels(rankings, wrong))
-        if table is not None:
-            self._write_suspects(page, table)
-        if len(rows["f"]):
-            page.section("drivers", figures.drivers(now.characteristics, *explain(now.network, rows["f"])))
-        if now.eigenvalues:
-            page.section("spectra", figures.spectra(now.eigenvalues, names, counts))
-        self._write_evaluations(page)
-        x, y = recorder.meta_loss.points()
-        if len(y):
-            page.section("meta_loss", figures.curve(x + 1, y, "meta step", "cross-entropy on the meta batch"))
-        if recorder.seconds:
-            page.section("step_time", figures.step_seconds(recorder.seconds))
-        self._write_csv(page, rows if table is None else table)
-        if now.reference is not None and table is not None:
-            self._write_wrong_labels(page, recorder)
-        page.finish()
 
     def _write_wrong_labels(self, page: Page, recorder: Recorder) -> None:
         try:
@@ -370,75 +280,13 @@ class Report:
             page.section("wrong_labels", None, note=str(error))
             return
         path = found.write(
-            page.folder, samples=None if self.samples is None else lambda row: _content_or_none(self.samples, row)
+            page.folder, samples=None if self.samples is None else lambda row: content_or_none(self.samples, row)
         )
         page.section("wrong_labels", None, note=f"{found}.", link=path.name)
 
-    def _write_suspects(self, page: Page, table: dict[str, np.ndarray]) -> None:
-        shown = {k: v[:_SHOWN].tolist() for k, v in table.items()}
-        contents = [] if self.samples is None else [_content_or_none(self.samples, i) for i in shown["id"]]
-        name = self.class_names
-        cells = {
-            "id": shown["id"],
-            "label": [name[y] for y in shown["label"]],
-            "predicted": [name[y] for y in shown["predicted"]],
-            **({"true label": [name[y] for y in shown["true_label"]]} if "true_label" in shown else {}),
-            "suspicion": [f"{v:.3f}" for v in shown["suspicion"]],
-            "contradicted": [f"{100 * v:.0f} %" for v in shown["contradicted"]],
-            "epsilon": [f"{e:+.3f}" for e in shown["epsilon"]],
-            "loss": [f"{v:.2f}" for v in shown["loss"]],
-        }
-        texts = [c if isinstance(c, str) else "" for c in contents]
-        if any(texts):
-            cells["sample"] = [c if len(c) <= 200 else c[:199] + "…" for c in texts]
-        pictures = [None if isinstance(c, str) else c for c in contents]
-        figure = None
-        if any(p is not None for p in pictures):
-            lines = zip(cells["id"], cells["label"], cells["predicted"], strict=True)
-            figure = figures.images(pictures, [f"{i}\n{a}\n→ {b}" for i, a, b in lines])
-        highest = table["suspicion"][0]
-        note = "" if highest >= _CLEAR else _NOTHING_STANDS_OUT.format(highest=highest)
-        page.section("suspects", figure, cells, note)
 
-    def _write_evaluations(self, page: Page) -> None:
-        num_classes = len(self.class_names)
-        if not self.evaluations:
-            return
-        if num_classes <= 200:
-            found = {
-                k: metrics.confusion_matrix(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
-            }
-            page.section("confusion", figures.confusions(found, self.class_names))
-        values = {
-            k: metrics.class_accuracies(e.predictions, e.labels, num_classes) for k, e in self.evaluations.items()
-        }
-        page.section("class_accuracy", figures.accuracies(values, self.class_names))
-        grouped = {k: e for k, e in self.evaluations.items() if e.groups}
-        names = list(next(iter(grouped.values())).groups) if grouped else []
-        grouped = {k: e for k, e in grouped.items() if list(e.groups) == names}
-        if names:
-            values = {
-                k: metrics.group_accuracies(e.predictions == e.labels, np.stack(list(e.groups.values()), 1))
-                for k, e in grouped.items()
-            }
-            sizes = np.stack(list(next(iter(grouped.values())).groups.values()), 1).sum(axis=0)
-            page.section("group_accuracy", figures.accuracies(values, names, sizes))
-
-    def _write_csv(self, page: Page, table: dict[str, np.ndarray]) -> None:
-        columns = [k for k in _COLUMNS if k in table]
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*(np.round(table[k], 6).tolist() for k in columns), strict=True))
-        page.file("samples.csv", buffer.getvalue().encode())
-
-
-def _content_or_none(samples: Any, index: int) -> Any:
-    """A sample that cannot be read must not cost the page."""
-    try:
-        return content_of(samples, index)
-    except Exception:
-        return None
+#: Classes whose covariance spectrum is drawn.
+_SPECTRA = 10
 
 
 class _Kept(NamedTuple):

@@ -331,8 +331,8 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
-SECTIONS = ["adversarial_share", "epsilon", "clean_and_wrong", "finding", "suspects", "drivers", "spectra", "confusion",
-            "class_accuracy", "group_accuracy", "meta_loss", "step_time"]  # fmt: skip
+SECTIONS = ["adversarial_share", "epsilon", "clean_and_wrong", "finding", "suspects", "drivers", "spectra", "meta_loss", "step_time", "confusion",
+            "class_accuracy", "group_accuracy"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
