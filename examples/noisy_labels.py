@@ -5,8 +5,8 @@
     python examples/noisy_labels.py --data cifar10/ --noise worse_label        # CIFAR-10N: real human noise
 
 --data is a folder with the Parquet files of "cifar10" or "cifar100" (Hugging Face hub), for CIFAR-10N with cifar10n.npz
-beside them. The meta set has clean labels and no other part of the data. Four places, marked 1 to 4, are all that Meta-IADA adds
-to the loop.
+beside them. Trusted rows, whose labels were checked, are part of the training set of both methods. Four places, marked 1 to 4,
+are all that Meta-IADA adds to the loop.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, StackDataset
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, meta_dataloader
+from iada_plugin import IADAConfig, MetaIADA, Report, balanced_meta_split, with_row_ids
 from iada_plugin.data import long_tail_subset, noisy_labels, read_cifar
 from iada_plugin.metrics import auroc, macro_precision
 
@@ -51,7 +51,7 @@ class Samples(Dataset):
 
 
 def load(args):
-    """Training set with noisy labels, clean meta set, test set, and the true labels ``[N]`` of the training set."""
+    """Training set with noisy labels, its trusted rows ``[T]``, test set, and the true labels ``[N]`` of the training set."""
     if args.noise in CIFAR10N and not (args.data and (Path(args.data) / "cifar10n.npz").is_file()):
         raise FileNotFoundError(
             f"noise {args.noise!r} is CIFAR-10N's: --data needs CIFAR-10 with cifar10n.npz beside it."
@@ -63,14 +63,14 @@ def load(args):
         x, y = torch.tensor(digits.images).float()[:, None] / 16, torch.tensor(digits.target)
         order = np.random.default_rng(0).permutation(len(y))
         (test_x, test_y), (x, y) = ((x[rows], y[rows]) for rows in (order[:360], order[360:]))
-        set_defaults(args, model="small", epochs=40, batch_size=32, lr=0.05, meta_per_class=10)
+        set_defaults(args, model="small", epochs=40, batch_size=32, lr=0.05, trusted_per_class=10)
     else:
         (x, y), (test_x, test_y) = ((images / 255, labels) for images, labels in read_cifar(args.data).values())
     if args.image_size:
         x, test_x = (F.interpolate(images, size=(args.image_size,) * 2, mode="area") for images in (x, test_x))
     mean, std = x.mean(dim=(0, 2, 3), keepdim=True), x.std(dim=(0, 2, 3), keepdim=True)
     x, test_x, classes = (x - mean) / std, (test_x - mean) / std, int(y.max()) + 1
-    set_defaults(args, model="resnet32", epochs=60, batch_size=100, lr=0.1, meta_per_class=max(1, 1000 // classes))
+    set_defaults(args, model="resnet32", epochs=60, batch_size=100, lr=0.1, trusted_per_class=max(1, 1000 // classes))
     noisy = y
     if args.noise in CIFAR10N:
         labels = np.load(Path(args.data) / "cifar10n.npz")
@@ -79,12 +79,15 @@ def load(args):
         noisy = torch.tensor(labels[args.noise].astype(np.int64))
     elif args.noise != "none":
         noisy = torch.tensor(noisy_labels(y, args.noise, args.rate, num_classes=classes, seed=args.seed)[0])
-    meta, rest = balanced_meta_split(y, args.meta_per_class, seed=args.seed)
+    checked, rest = balanced_meta_split(y, args.trusted_per_class, seed=args.seed)
     if args.samples_per_class:
         rest = np.array(rest)[long_tail_subset(y[rest], [args.samples_per_class] * classes, seed=args.seed)]
+    noisy = noisy.clone()
+    noisy[checked] = y[checked]  # a person has looked at these
+    rows = np.concatenate([checked, rest])
     pad = x.shape[-1] // 8  # four pixels in 32, as published
     names = CIFAR10 if args.data and classes == 10 else None
-    return Samples(x[rest], noisy[rest], pad, names), Samples(x[meta], y[meta], pad), Samples(test_x, test_y), y[rest]
+    return Samples(x[rows], noisy[rows], pad, names), range(len(checked)), Samples(test_x, test_y), y[rows]
 
 
 def set_defaults(args, **values):
@@ -127,24 +130,20 @@ def make_model(name, shape, num_classes):
     return timm.create_model(name, num_classes=num_classes, in_chans=shape[0])
 
 
-def train(method, args, train_set, meta_set, true_labels):
-    """The model, the loss or -epsilon of each training sample when it was last seen ``[N]``, the report, and the curve."""
+def train(method, args, train_set, trusted, true_labels):
+    """The model, how wrong each training sample's label looks ``[N]``, the report, and the curve."""
     torch.manual_seed(args.seed)  # both methods start from the same weights
-    counts = torch.bincount(train_set.targets, minlength=int(true_labels.max()) + 1)
-    model = make_model(args.model, train_set[0][0].shape, len(counts)).to(args.device)
+    model = make_model(args.model, train_set[0][0].shape, int(true_labels.max()) + 1).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [int(0.7 * args.epochs), int(0.85 * args.epochs)], 0.1)
     torch.manual_seed(args.seed + 1)
-    numbered = StackDataset(train_set, range(len(train_set)))
-    loader = DataLoader(numbered, args.batch_size, shuffle=True)
+    loader = DataLoader(with_row_ids(train_set), args.batch_size, shuffle=True)
     iada = report = None
     if method == "iada":
-        # 1. The criterion: it learns from the clean meta set how to perturb each training sample, after a warm-up: a short one,
-        # before the network has learned the wrong labels by heart.
+        # 1. The criterion, which learns from the trusted rows what a right label looks like.
         iada = MetaIADA(
-            model, optimizer, meta_loader=meta_dataloader(meta_set, args.batch_size, args.seed), class_counts=counts,
-            steps_per_epoch=len(loader), epochs=args.epochs,
-            config=IADAConfig(warmup_ratio=args.warmup_ratio, seed=args.seed),
+            model, optimizer, train_set=train_set, trusted_rows=trusted, steps_per_epoch=len(loader), epochs=args.epochs,
+            config=IADAConfig(seed=args.seed),
         )  # fmt: skip
         # 2. A report, which looks on (needs Matplotlib). Leave true_labels out where they are not known.
         if importlib.util.find_spec("matplotlib"):
@@ -153,19 +152,16 @@ def train(method, args, train_set, meta_set, true_labels):
     for epoch in (bar := tqdm(range(args.epochs), desc=NAMES[method])):
         model.train()
         total = 0.0
-        for (x, y), rows in loader:
+        for x, y, rows in loader:
             x, y = x.to(args.device), y.to(args.device)
             output = model(x)
             losses = F.cross_entropy(output, y, reduction="none")
             signal[rows] = losses.detach().cpu()
-            # 3. The loss; the row numbers are for the report.
+            # 3. The loss; row numbers tell it whose history it is.
             loss = iada(output, y, ids=rows) if iada else losses.mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            # 4. epsilon: low where training lets a sample go because its label looks wrong.
-            if iada and iada.epsilon is not None:
-                signal[rows] = -iada.epsilon.cpu()
             total += loss.item() * len(y)
         schedule.step()
         curve.append({"epoch": epoch + 1, "loss": total / len(train_set), **(iada.pop_metrics() if iada else {})})
@@ -173,6 +169,8 @@ def train(method, args, train_set, meta_set, true_labels):
         if not math.isfinite(total):
             raise ValueError(f"the loss of {NAMES[method]} is {total} in epoch {epoch + 1}: lower --lr.")
     if iada:
+        # 4. The mean margin of each row over the run: low where its label looks wrong.
+        signal = -iada.reference.histories.margin.cpu()
         iada.close()  # the classifier is a plain Linear again
     return model, signal, report, curve
 
@@ -190,34 +188,33 @@ def main():
     parser.add_argument("--noise", choices=["uniform", "flip1", "flip2", *CIFAR10N, "none"], default="flip2")
     parser.add_argument("--rate", type=float, default=0.4, help="share of noise, for the first three")
     parser.add_argument("--samples-per-class", type=int, help="default: all")
-    parser.add_argument("--meta-per-class", type=int, help="clean samples (default: 1,000 in all; digits: 10)")
+    parser.add_argument(
+        "--trusted-per-class", type=int, help="rows whose label was checked (default: 1,000 in all; digits: 10)"
+    )
     parser.add_argument("--model", help="small, resnet8 to resnet110 for small images, or any timm model")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--lr", type=float, help="learning rate at the start")
-    parser.add_argument(
-        "--warmup-ratio", type=float, default=0.25, help="share of the run before anything is perturbed"
-    )
     parser.add_argument("--method", choices=["ce", "iada", "both"], default="both")
     parser.add_argument("--image-size", type=int, help="scale images to this many pixels")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("outputs/noisy_labels"))
     args = parser.parse_args()
-    train_set, meta_set, test_set, true_labels = load(args)
+    train_set, trusted, test_set, true_labels = load(args)
     wrong, labels = (train_set.targets != true_labels).numpy(), test_set.targets.numpy()
-    print(f"{args.model}; {len(wrong)} training samples, {wrong.sum()} of them with a wrong label; meta {len(meta_set)} (clean),"
+    print(f"{args.model}; {len(wrong)} training samples, {wrong.sum()} of them with a wrong label; {len(trusted)} trusted,"
           f" test {len(labels)}")  # fmt: skip
 
     found, reports, predictions = {}, {}, {}
     for method in ["ce", "iada"] if args.method == "both" else [args.method]:
-        model, signal, reports[method], curve = train(method, args, train_set, meta_set, true_labels)
+        model, signal, reports[method], curve = train(method, args, train_set, trusted, true_labels)
         predictions[method] = predict(model, test_set, args)
         found[method] = {
             "metrics": {
                 "accuracy": float((predictions[method] == labels).mean()),
                 "macro precision": macro_precision(predictions[method], labels, int(true_labels.max()) + 1),
-                "AUROC of wrong labels (loss, epsilon)": auroc(signal.numpy(), wrong),
+                "AUROC of wrong labels (loss, margin)": auroc(signal.numpy(), wrong),
             },
             "curve": curve,
         }

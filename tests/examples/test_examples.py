@@ -289,12 +289,12 @@ def test_long_tail_on_its_built_in_data(tmp_path):
 
 
 def test_noisy_labels_on_cifars_layout(cifar, tmp_path):
-    out = run("noisy_labels.py", "--data", cifar, *SHORT, "--noise", "worse_label", "--meta-per-class", 2, "--model", "resnet8",
+    out = run("noisy_labels.py", "--data", cifar, "--epochs", 4, "--noise", "worse_label", "--trusted-per-class", 2, "--model", "resnet8",
               "--image-size", 16, "--output", tmp_path, report=False)  # fmt: skip
-    assert re.search(r"180 training samples, \d\d of them with a wrong label; meta 20", out)
+    assert re.search(r"200 training samples, \d\d of them with a wrong label; 20 trusted", out)
     found = results(tmp_path)
     assert 50 < found["wrong"] < 68
-    assert all(0 <= f["metrics"]["AUROC of wrong labels (loss, epsilon)"] <= 1 for f in found["methods"].values())
+    assert all(0 <= f["metrics"]["AUROC of wrong labels (loss, margin)"] <= 1 for f in found["methods"].values())
     out = run("noisy_labels.py", "--noise", "worse_label", ok=False)
     assert "error: noise 'worse_label' is CIFAR-10N's" in out and "Traceback" not in out
     labels = dict(np.load(cifar / "cifar10n.npz"))
@@ -309,13 +309,11 @@ def test_noisy_labels_on_cifars_layout(cifar, tmp_path):
 def test_noisy_labels_finds_them(tmp_path):
     """On the built-in digits, a part of them."""
     out = run("noisy_labels.py", "--epochs", 12, "--samples-per-class", 80, "--output", tmp_path)
-    wrong = int(
-        re.search(r"800 training samples, (\d+) of them with a wrong label; meta 100 \(clean\), test 360", out)[1]
-    )
+    wrong = int(re.search(r"900 training samples, (\d+) of them with a wrong label; 100 trusted, test 360", out)[1])
     assert 280 < wrong < 360
     ce, iada = (results(tmp_path)["methods"][m]["metrics"] for m in ("ce", "iada"))
     assert iada["accuracy"] > 0.92 and iada["accuracy"] > ce["accuracy"] + 0.01
-    signal = "AUROC of wrong labels (loss, epsilon)"
+    signal = "AUROC of wrong labels (loss, margin)"
     assert iada[signal] > 0.96 > ce[signal] > 0.8
     assert f"{100 * iada[signal]:.1f}" in out
     assert (tmp_path / "report_iada" / "suspects.png").stat().st_size > 10_000
