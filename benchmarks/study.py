@@ -6,7 +6,7 @@ resumable.
     python benchmarks/study.py --render                                 # tables and plots from what is there
 
 Uses the scenarios of benchmarks/accuracy.py and some of its own. Appends to benchmarks/results/study_cpu.jsonl, and writes study.md,
-trusted_rows.png and sensitivity.png beside it. Several processes may share the work (--part 1/2, --part 2/2).
+steps.png, trusted_rows.png and sensitivity.png beside it. Several processes may share the work (--part 1/2, --part 2/2).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import accuracy
 import numpy as np
 from compare import grid
 from compare import scenarios as make
-from compare.methods import PAPER, PAPER_STEP, run_method, with_overrides
+from compare.methods import PAPER, PAPER_STEP, iada_method, run_method, with_overrides
 
 
 @dataclass
@@ -159,6 +159,28 @@ OMEGA = {
     "lookahead": Variant("the published step in each step", {"schedule": "lookahead", "meta_every": 1}),
     "head": Variant("hypergradient of the head alone", {"hypergradient": "head"}),
 }
+_PUBLISHED = {k: v for k, v in PAPER.items() if k != "epsilon_range"}
+#: The same published form, with trusted rows as a meta set beside the training set, which they are trained in as well.
+_AS_META_SET = {**accuracy.METHODS, "meta_set": iada_method("Meta-IADA, trusted rows as a meta set", False)}
+#: From the published form to the default, each step on top of the one before; then the default less one thing at a time.
+STEPS = {
+    "Logit Adjustment": Variant("no meta step, nothing let go", method="la"),
+    "published": Variant("trusted rows as a meta set", _PUBLISHED, "meta_set"),
+    "+ prior in the warm-up": Variant("", {**_PUBLISHED, "prior_in_warmup": True}, "meta_set"),
+    "+ per unit of pull": Variant("", {**_PUBLISHED, "prior_in_warmup": True, "objective": "pull"}, "meta_set"),
+    "+ begun once fitted, at a low rate": Variant("", {**PAPER_STEP, "gate": "none"}),
+    "+ wrong labels let go": Variant("", {**PAPER_STEP, "gate": "local_fdr"}),
+    "+ rows weighed": Variant("", PAPER_STEP),
+    "default (+ cheap meta step)": Variant(""),
+    "default, nothing let go": Variant("", {"gate": "none"}),
+    "default, no perturbations": Variant("", _GATE_ONLY),
+    "default, gradient of the loss": Variant("", {"objective": "loss"}),
+    "default, no variance term": Variant("", {"alpha": 0.0}),
+    "default, no prior": Variant("", {"beta": 0.0}),
+    "default, from half of the run": Variant("", {"warmup_ratio": 0.5}),
+    "told which labels are wrong": Variant("", method="oracle"),
+}
+_FOUR = ["flip", "long_tail", "comments", "colored_mnist"]
 _NINE = [
     "flip",
     "cifar10n",
@@ -201,13 +223,16 @@ RIVALS = {
     "told": Variant("which labels are wrong", method="oracle"),
 }
 TITLES = {
+    "steps": "From the published form to the default",
     "gate": "Trusted rows: what is let go", "omega": "Trusted rows: perturbations", "trusted": "Number of trusted rows",
     "wrong": "Wrong labels among the trusted rows", "noise": "Share of wrong labels", "classes": "Classes without trusted rows",
     "cost": "Cheaper meta steps (test samples)", "form": "Form", "early": "Meta steps from epoch 16 on", "ablation": "Terms of the loss", "alpha": "Weight of the variance term",
     "beta": "Weight of the prior term",
 }  # fmt: skip
 _WITH_WRONG_LABELS = [
-    t for t in TASKS if t not in ("balanced", "balanced_small", "long_tail", "comments", "noise: 0 % wrong")
+    t
+    for t in TASKS
+    if t not in ("balanced", "balanced_small", "long_tail", "comments", "colored_mnist", "noise: 0 % wrong")
 ]
 
 
@@ -216,8 +241,9 @@ def _rivals(group: str) -> dict[str, Variant]:
     return {name: v for name, v in RIVALS.items() if group != "classes" or v.method != "la_last_layer"}
 
 
-TRUSTED_GROUPS = ("gate", "omega", *CURVES)
+TRUSTED_GROUPS = ("steps", "gate", "omega", *CURVES)
 GROUPS: dict[str, tuple[dict[str, Variant], list[str]]] = {
+    "steps": (STEPS, _FOUR),
     "gate": (GATE, _NINE),
     "omega": (OMEGA, _NINE),
     **{group: (_rivals(group), [f"{group}: {name}" for name in tasks]) for group, tasks in CURVES.items()},
@@ -239,7 +265,7 @@ def run_one(wanted: dict[str, Any], data: str, device: str) -> dict[str, Any]:
     # Without trusted rows, everything but the cost was studied with the paper's meta step.
     published = variant.method == "iada" and group not in TRUSTED_GROUPS
     config = {**PAPER_STEP, **variant.config} if published else variant.config
-    found = run_method(scenario, accuracy.METHODS[variant.method], settings=settings, seed=seed, device=device,
+    found = run_method(scenario, _AS_META_SET[variant.method], settings=settings, seed=seed, device=device,
                        config=config, test=group == "cost")  # fmt: skip
     found.pop("predictions", None)
     return {**found, "config": variant.config, "settings": asdict(settings)}
@@ -324,6 +350,30 @@ def plot_curves(runs: list[dict], path: Path) -> None:
     plt.close(fig)
 
 
+def plot_steps(runs: list[dict], path: Path) -> None:
+    """A bar for each form, its runs as points; a task a column."""
+    plt = _pyplot()
+    names = [name for name in STEPS if any(r["variant"] == name for r in runs)]
+    fig, axes = plt.subplots(1, len(_FOUR), figsize=(11, 4.4), layout="constrained", sharey=True)
+    titles = ("40 % wrong", "long tail", "comments, worst group", "Colored MNIST, worst group")
+    for ax, task, title in zip(axes, _FOUR, titles, strict=True):
+        for place, name in enumerate(names):
+            values = [100 * _main(r) for r in runs if r["variant"] == name and r["scenario"] == task]
+            if values:
+                colour = (
+                    "tab:red" if name.startswith("default (") else "0.6" if name.startswith("default") else "tab:blue"
+                )
+                ax.barh(place, np.mean(values), color=colour, alpha=0.6)
+                ax.plot(values, [place] * len(values), "k.", ms=4)
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("validation, %")
+        ax.grid(axis="x", alpha=0.3)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    fig.savefig(path, dpi=130)
+    plt.close(fig)
+
+
 def _pyplot() -> Any:
     import matplotlib
 
@@ -366,6 +416,9 @@ def render(folder: Path) -> str:
             own = [r for r in runs if r["group"] == group and r["scenario"] == task]
             if own:
                 text += ["", f"## {TITLES[group]}: {TASKS[task].title}", "", *table(own, group, task)]
+    if steps := [r for r in runs if r["group"] == "steps"]:
+        plot_steps(steps, folder / "steps.png")
+        text += ["", "![What each step from the published form to the default does](steps.png)"]
     if curves := [r for r in runs if r["group"] in CURVES]:
         plot_curves(curves, folder / "trusted_rows.png")
         text += ["", "![Accuracy against the number of trusted rows and the share of wrong labels](trusted_rows.png)"]
@@ -395,7 +448,7 @@ def main() -> None:
             for seed, task in itertools.product(args.seeds, GROUPS[group][1])
             for name in GROUPS[group][0]
             if (not args.scenario or task in args.scenario) and (not args.variant or name in args.variant)
-            if name != "told" or task in _WITH_WRONG_LABELS
+            if GROUPS[group][0][name].method != "oracle" or task in _WITH_WRONG_LABELS
         ]
         run = functools.partial(run_one, data=args.data, device=args.device)
         grid.run_absent(wanted, run, args.results / "study_cpu.jsonl", args, args.device)
