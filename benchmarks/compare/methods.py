@@ -139,7 +139,7 @@ PAPER = {
 METHODS: dict[str, Method] = {
     "ce": Method("cross-entropy", CrossEntropy),
     "iada": iada_method("Meta-IADA"),
-    "iada_gate": iada_method("Meta-IADA, labels let go only", alpha=0.0, **_NOTHING_LEARNED),
+    "iada_gate": iada_method("Meta-IADA, gate only", alpha=0.0, **_NOTHING_LEARNED),
     "iada_early": iada_method("Meta-IADA, perturbations in nats from a fifth of the run", perturbation_scale="margin", alpha=0.0,
                               warmup_ratio=0.2),
     "iada_online": iada_method("Meta-IADA, cheap meta step", schedule="online", meta_every=5),
