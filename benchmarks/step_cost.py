@@ -3,12 +3,14 @@
     python benchmarks/step_cost.py --size cpu --json benchmarks/results/step_cost_cpu.json
     python benchmarks/step_cost.py --size gpu --json benchmarks/results/step_cost_gpu.json [--autocast] [--compile]
     python benchmarks/step_cost.py --size widths --json benchmarks/results/step_cost_widths.json
+    python benchmarks/step_cost.py --size classes --json benchmarks/results/step_cost_classes.json
     python benchmarks/step_cost.py --render benchmarks/results/step_cost_cpu.json    # table and plot from what is there
     python benchmarks/step_cost.py --check benchmarks/results/step_cost_widths.json  # nothing there costs more than the docs say
 
 Every row is a whole training step (or a cycle of K steps) on synthetic batches: CIFAR's ResNet-32, 64 images, and a small
 DistilBERT, 16 x 128 tokens, on a CPU; ResNet-50, 128 images of 224 pixels, and DistilBERT-base, 32 x 128 tokens, on a GPU. "widths"
-are usual models with batches small enough for a CPU, 384 to 2,048 features before the classifier, in their default covariance.
+are usual models with batches small enough for a CPU, 384 to 2,048 features before the classifier, in their default covariance;
+"classes" is one network with 10 to 100,000 of them.
 All settings run in turns; ratios are to the plain cross-entropy step of the same round, medians over rounds. Memory is the
 peak of everything allocated: parameters, optimizer, activations and temporaries. Passes are counted by hooks on the first
 layer, in units of a batch of N. The error of the hypergradient (of epsilon) is against the exact one, in float64, of the
@@ -124,6 +126,14 @@ _MINILM = {
 }
 
 
+def _perceptron(num_classes: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, 128), nn.ReLU(), nn.Linear(128, num_classes))
+
+
+def _vectors(n: int, y: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, 256, generator=generator)
+
+
 def _vit() -> nn.Module:
     import timm
 
@@ -147,6 +157,10 @@ WORKLOADS = {
         "EfficientNet-B0, H=1280, C=1000": Workload(lambda _: create_network("efficientnet_b0", 1000), _images(96), 32, 1000, adam=False),
         "ResNet-50, H=2048, C=10": Workload(lambda _: create_network("resnet50", 10), _images(64), 32, 10, adam=False),
         "ResNet-50, H=2048, C=1000": Workload(lambda _: create_network("resnet50", 1000), _images(64), 32, 1000, adam=False),
+    },
+    "classes": {
+        f"C={c:,}, H=128": Workload(lambda _, c=c: _perceptron(c), _vectors, 64, c, adam=False)
+        for c in (10, 100, 1_000, 10_000, 100_000)
     },
     "tiny": {  # for the tests
         "ResNet-8": Workload(lambda _: create_network("resnet8", 10), _images(8), 16, 10, adam=False),
@@ -366,6 +380,9 @@ PROMISED = {"lookahead": 3.3, "loss only": 1.1, "online M=N/4 K=5": 1.3}
 #: Settings that are measured at every width.
 AT_WIDTHS = ["plain", *PROMISED, "MetaSAug", "ISDA, published code", "double backward"]
 
+#: Settings of the sizes that are not measured in full.
+_FEW = {"widths": AT_WIDTHS, "classes": ["plain", *PROMISED]}
+
 
 # -------------------------------------------------------------------------------------------------------- measurements
 
@@ -446,7 +463,7 @@ def measure(args: argparse.Namespace, options: Options) -> list[dict[str, Any]]:
             for k, s in SETTINGS.items()
             if s.other not in ("higher", "torchopt") or importlib.util.find_spec(s.other)
         }
-        if chosen := args.setting or (AT_WIDTHS if args.size == "widths" else None):
+        if chosen := args.setting or _FEW.get(args.size):
             wanted = {k: s for k, s in wanted.items() if k in {"plain", *chosen}}
         start = pretrained(work, options, 4, 0.1)
         passes, peaks, failed = {}, {}, {}
@@ -472,7 +489,7 @@ def measure(args: argparse.Namespace, options: Options) -> list[dict[str, Any]]:
         times = interleaved(runs, args.repetitions, options.device)
         del runs
         compared = {k: s for k, s in wanted.items() if not s.other and not s.report and s.config.get("meta_lr") != 0}
-        errors = {} if args.size == "widths" else _errors(work, compared, options, args.pretrain)
+        errors = {} if args.size in _FEW else _errors(work, compared, options, args.pretrain)
         plain = times["plain"]
         overheads = {k: ratio(times[k], times[k.removesuffix(", report")]) for k, s in wanted.items() if s.report}
         shares = {k: recorder_share(work, s, options, copy.deepcopy(start)) for k, s in wanted.items() if s.report}

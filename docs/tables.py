@@ -54,9 +54,9 @@ def step_cost_gpu() -> str:
     return f"{_benchmark('step_cost').render(result, None)}\n\n{_made_by(result)}"
 
 
-def step_cost_widths() -> str:
+def step_cost_widths(file: str = "step_cost_widths") -> str:
     """benchmarks/step_cost.py at usual widths: a model a row, a setting a column."""
-    result = json.loads((RESULTS / "step_cost_widths.json").read_text())
+    result = json.loads((RESULTS / f"{file}.json").read_text())
     rows = [r for r in result["rows"] if r["setting"] != "plain"]
     settings = list(dict.fromkeys(r["setting"] for r in rows))
     found = {(r["model"], r["setting"]): r for r in rows}
@@ -66,6 +66,11 @@ def step_cost_widths() -> str:
         cells = (f"{r['time_ratio']:.2f} / {r['memory_ratio']:.2f}" if "time_ratio" in r else "failed" for r in own)
         lines.append(f"| {plain['model']} | {1e3 * plain['seconds']:.0f} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", _made_by(result)])
+
+
+def step_cost_classes() -> str:
+    """The same by the number of classes."""
+    return step_cost_widths("step_cost_classes")
 
 
 def trusted_cost() -> str:
@@ -234,6 +239,7 @@ BLOCKS = {
         step_cost,
         step_cost_gpu,
         step_cost_widths,
+        step_cost_classes,
         trusted_cost,
         whole_runs,
         logits_cost,
