@@ -74,20 +74,18 @@ def density_ratio(score: Tensor, trusted: Tensor, labels: Tensor, *, limit: floa
     """
     ranks = _Ranks(score, trusted, labels)
     interval = ranks.of - 1 - ranks.no_better(-1.0) + ranks.others.long()  # trusted rows below, 0 .. m
-    span = int(ranks.reference.max()) + 1
-    weight = torch.ones_like(score)
-    if span <= LEAST_OF_A_CLASS:
-        return weight
-    key = ranks.label * span + interval.clamp(0, span - 1)
-    counts = torch.zeros(len(ranks.reference) * span, dtype=torch.long, device=score.device)
-    counts = counts.index_add_(0, key, ranks.compared.long()).view(-1, span).cpu().numpy()
-    table = np.ones(counts.shape)
-    for c, m in enumerate(ranks.reference.tolist()):
-        own = counts[c, : m + 1]
-        if m < LEAST_OF_A_CLASS or not own.sum():
+    last = (ranks.reference + 1).cumsum(0)  # [C] the intervals of all classes, one class after the other
+    key = (last - ranks.reference - 1)[ranks.label] + interval.clamp_min(0)
+    count = torch.zeros(int(last[-1]), dtype=torch.long, device=score.device)
+    counts = count.index_add_(0, key, ranks.compared.long()).cpu().numpy()
+    ratios = np.ones(len(counts))
+    for m, end in zip(ranks.reference.tolist(), last.tolist(), strict=True):
+        own = slice(end - m - 1, end)
+        n = counts[own].sum()
+        if m < LEAST_OF_A_CLASS or not n:
             continue
-        density = grenander(own[::-1])[::-1] * (m + 1) / own.sum()
+        density = grenander(counts[own][::-1])[::-1] * (m + 1) / n
         ratio = 1 / np.maximum(density, 1 / limit)
-        table[c, : m + 1] = ratio * own.sum() / (ratio * own).sum()
-    found = torch.from_numpy(table).to(weight).flatten()[key]
-    return torch.where(ranks.compared, found, weight)
+        ratios[own] = ratio * n / (ratio * counts[own]).sum()
+    found = torch.from_numpy(ratios).to(score)[key]
+    return torch.where(ranks.compared, found, 1)
