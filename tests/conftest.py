@@ -17,7 +17,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 def _seeded():
     torch.manual_seed(0)
     yield
-    if state := sys.modules.get("accelerate.state"):  # the precision of one test's Trainer would be the next one's
+    # The precision of one test's Trainer would be the next one's; older transformers leave it in the environment, too.
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+    if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
