@@ -160,8 +160,8 @@ OMEGA = {
     "head": Variant("hypergradient of the head alone", {"hypergradient": "head"}),
 }
 _PUBLISHED = {k: v for k, v in PAPER.items() if k != "epsilon_range"}
-#: The same published form, with trusted rows as a meta set beside the training set, which they are trained in as well.
-_AS_META_SET = {**accuracy.METHODS, "meta_set": iada_method("Meta-IADA, trusted rows as a meta set", False)}
+#: And the method with trusted rows as a meta set, beside the training set in which they are trained as well.
+_METHODS = {**accuracy.METHODS, "meta_set": iada_method("Meta-IADA, trusted rows as a meta set", False)}
 #: From the published form to the default, each step on top of the one before; then the default less one thing at a time.
 STEPS = {
     "Logit Adjustment": Variant("no meta step, nothing let go", method="la"),
@@ -265,7 +265,7 @@ def run_one(wanted: dict[str, Any], data: str, device: str) -> dict[str, Any]:
     # Without trusted rows, everything but the cost was studied with the paper's meta step.
     published = variant.method == "iada" and group not in TRUSTED_GROUPS
     config = {**PAPER_STEP, **variant.config} if published else variant.config
-    found = run_method(scenario, _AS_META_SET[variant.method], settings=settings, seed=seed, device=device,
+    found = run_method(scenario, _METHODS[variant.method], settings=settings, seed=seed, device=device,
                        config=config, test=group == "cost")  # fmt: skip
     found.pop("predictions", None)
     return {**found, "config": variant.config, "settings": asdict(settings)}

@@ -25,5 +25,4 @@ def on_page_markdown(markdown, page, config, files):
         return re.sub(r"\]\(docs/", "](", markdown)
     if page.file.src_uri.startswith("benchmarks/"):
         return re.sub(r"\]\(((?:\.\./)+)docs/", r"](\1", markdown)
-    markdown = markdown.replace("](../examples/launch)", "](../examples/launch/ddp.yaml)")
     return markdown.replace("](../", "](")

@@ -44,18 +44,20 @@ class Attachment:
         """``remove`` takes off something else that was put on."""
         self._hooks.append(remove)
 
-    def after_steps(self, optimizer: torch.optim.Optimizer, function: Callable[[], None]) -> Callable[[], None]:
-        """Call ``function`` after each step of the optimizer; what ends that."""
+    def after_steps(self, optimizer: torch.optim.Optimizer, function: Callable[[], None]) -> None:
+        """Call ``function`` after each step of the optimizer."""
         if not getattr(type(optimizer).step, "hooked", False):
             optimizer._patch_step_function()  # a wrapper that skips Optimizer.__init__, such as timm's Lookahead: no hooks until then
-        remove = optimizer.register_step_post_hook(lambda *_: function()).remove
-        self.on_removal(remove)
-        return remove
+        self.on_removal(optimizer.register_step_post_hook(lambda *_: function()).remove)
+
+    def unhook(self) -> None:
+        """Take off the hooks, and leave the rest."""
+        while self._hooks:
+            self._hooks.pop()()
 
     def remove(self) -> None:
         """Leave the model and the optimizer as they were. May be called twice."""
-        while self._hooks:
-            self._hooks.pop()()
+        self.unhook()
         if self._conversion is not None and vars(self.head).get("_converted_from") is self._conversion:
             restore_linear(self.head)
         if self._ignored is not None:

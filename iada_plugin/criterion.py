@@ -233,11 +233,10 @@ class MetaIADA(Guest):
         }
         if self.reference is not None:
             self.parts["trusted"] = self.reference
-        unhook = self._attachment.after_steps(
+        self._attachment.after_steps(
             self.optimizer, lambda: None if (iada := own()) is None else iada._after_optimizer_step()
         )
-        for remove in (unhook, self.capture.remove):
-            weakref.finalize(self, remove)
+        weakref.finalize(self, self._attachment.unhook)
 
     def _check_classes(self, labels: Tensor, trained: Tensor | None) -> None:
         """A meta set without some class would teach to give that up: an error; with trusted rows there is the gate all the same."""

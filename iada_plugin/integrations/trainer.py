@@ -348,10 +348,10 @@ class MetaIADACallback(CheckpointedCallback):
                 " makes its own (a subclass?), or it trains another module than it gave its callbacks. Let compute_loss"
                 " return outputs.loss, or use MetaIADA as the criterion there."
             )
-        if self.engine is not None and self.engine.phase != self._phase:
-            self._phase = self.engine.phase
+        if self.engine is not None and (phase := self.engine.phase) != self._phase:
+            self._phase = phase
             if state.is_world_process_zero and not args.disable_tqdm:
-                tqdm.write(f"Meta-IADA after step {state.global_step}: {self._phase}.")
+                tqdm.write(f"Meta-IADA after step {state.global_step}: {phase}.")
         super().on_step_end(args, state, control, **kwargs)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

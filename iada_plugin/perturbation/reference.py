@@ -154,4 +154,4 @@ class TrustedReference:
         self.accuracy = float(state["accuracy"])
         self._rate, self._peak_rate = state["rate"].tolist()
         if self.gate is not None:
-            self.gate.weighs = bool(state.get("weighs", False))
+            self.gate.weighs = bool(state["weighs"])

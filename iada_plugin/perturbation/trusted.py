@@ -138,8 +138,10 @@ class AutoGate(LocalFdrGate):
     def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
         """0 or 1, or a density ratio with the mean 1."""
         weight = super().weight(score, trusted, labels)
+        if (weight == 0).float().mean() > self.evidence:
+            return weight
         share, z = trusted_look_worse(score, trusted, labels)
-        if share <= LEAST_SHARE or z <= LEAST_Z or (weight == 0).float().mean() > self.evidence:
+        if share <= LEAST_SHARE or z <= LEAST_Z:
             return weight
         self.weighs = True
         warnings.warn(
