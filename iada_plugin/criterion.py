@@ -154,7 +154,7 @@ class MetaIADA(Guest):
         self.reference: TrustedReference | None = None
         if trusted_rows is not None:
             self.reference, meta_loader, class_counts = with_reference(
-                *(train_set, trusted_rows, meta_loader, class_counts, linear.out_features, config),
+                *(train_set, trusted_rows, meta_loader, class_counts, linear.out_features, linear.in_features, config),
                 *(int(steps_per_epoch), epochs, linear.weight.device),
             )
         elif meta_loader is None:
@@ -422,7 +422,8 @@ class MetaIADA(Guest):
         ids = ids.to(target.device)
         self.reference.check_labels(target, ids, always=self.step == 0)
         prior = self.statistics.log_prior() if self.config.beta != 0 else None
-        samples |= {"labels": target, **self.reference.observe(forward.logits, prior, target, ids)}  # type: ignore[arg-type]
+        seen = self.reference.observe(forward.features, forward.logits, prior, target, ids)  # type: ignore[arg-type]
+        samples |= {"labels": target, **seen}
         kept = self.reference.weights(ids)
         return (kept if own is None else kept * own).to(forward.dtype)
 

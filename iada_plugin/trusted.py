@@ -21,6 +21,7 @@ def with_reference(
     meta_loader: Iterable[Any] | None,
     class_counts: Sequence[float] | Tensor | None,
     num_classes: int,
+    num_features: int,
     config: IADAConfig,
     steps_per_epoch: int,
     epochs: float | None,
@@ -30,7 +31,7 @@ def with_reference(
 
     Args:
         train_set, trusted_rows, meta_loader, class_counts, epochs, steps_per_epoch: as for :class:`iada_plugin.MetaIADA`.
-        num_classes: C.
+        num_classes, num_features: C and H of the classifier.
         config: settings.
         device: where the histories live.
 
@@ -60,5 +61,7 @@ def with_reference(
         epochs=epochs,
         device=device,
         labels=known,
+        num_classes=num_classes,
+        num_features=num_features,
     )
     return reference, meta_loader, class_counts

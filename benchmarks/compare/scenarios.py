@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from .features import cifar_features, comment_features, reuters_features
-from .finetuned import comments_finetuned
+from .finetuned import cifar_finetuned, comments_finetuned
 from .groups import colored_mnist
 from .images import generalized_long_tail, label_noise, load_digits, long_tailed_images
 from .scenario import Scenario, Settings, train_along
@@ -19,6 +19,7 @@ __all__ = [
     "Scenario",
     "Settings",
     "cifar_features",
+    "cifar_finetuned",
     "colored_mnist",
     "comment_features",
     "comments",

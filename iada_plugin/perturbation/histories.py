@@ -41,7 +41,7 @@ def margin_and_other(
 
 
 class Histories:
-    """Running mean margin of each training row, on the device; 12 bytes a row.
+    """Running mean margin of each training row, on the device; 12 bytes a row, 16 with its nearness.
 
     A row's mean is the plain mean of its first ``1 / rate`` visits, and forgets at ``rate`` a visit afterwards. In several
     processes each gives the rows of all of them (see :func:`~iada_plugin.runtime.processes.gather_rows`): the result is then
@@ -52,17 +52,21 @@ class Histories:
         num_rows: R, of the training set.
         device: where the state lives.
         rate: least share of a visit in the mean, in (0, 1].
+        nearness: follow that, too.
 
     Attributes:
         margin: ``[R]`` float32, running mean margin in nats; 0 before the first visit.
         visits: ``[R]`` int32.
         label: ``[R]`` int32, the label at the last visit; -1 before the first.
+        nearness: ``[R]`` float32, running mean nearness to the trusted rows of its class (:mod:`.prototypes`), where it is followed.
 
     Raises:
         ValueError: no rows, or a rate outside (0, 1].
     """
 
-    def __init__(self, num_rows: int, *, device: torch.device | str, rate: float = 0.05) -> None:
+    def __init__(
+        self, num_rows: int, *, device: torch.device | str, rate: float = 0.05, nearness: bool = False
+    ) -> None:
         if not isinstance(num_rows, int) or num_rows < 1:
             raise ValueError(
                 f"num_rows={num_rows!r:.80} must be a whole number, at least 1: that of rows of the training set, len(train)."
@@ -75,9 +79,17 @@ class Histories:
         self.margin = torch.zeros(num_rows, device=device)
         self.visits = torch.zeros(num_rows, device=device, dtype=torch.int32)
         self.label = torch.full((num_rows,), -1, device=device, dtype=torch.int32)
+        self.nearness = torch.zeros(num_rows, device=device) if nearness else None
 
     @torch.no_grad()
-    def update(self, rows: Tensor, margin: Tensor, labels: Tensor, weight: Tensor | None = None) -> None:
+    def update(
+        self,
+        rows: Tensor,
+        margin: Tensor,
+        labels: Tensor,
+        weight: Tensor | None = None,
+        nearness: Tensor | None = None,
+    ) -> None:
         """Take in the samples of one optimizer step, ``[N]`` each and of all processes.
 
         A row that occurs more than once is visited as often, one visit after the other, from its smallest margin up. A margin
@@ -88,11 +100,12 @@ class Histories:
             margin: ``[N]``, see :func:`adjusted_margin`.
             labels: ``[N]`` class indices.
             weight: ``[N]`` which samples count (0 or 1); ``None``: all.
+            nearness: ``[N]``, where that is followed, too.
 
         Raises:
             ValueError: shapes that do not fit, or (on a CPU) a row number out of range.
         """
-        self._check(rows, margin=margin, labels=labels, weight=weight)
+        self._check(rows, margin=margin, labels=labels, weight=weight, nearness=nearness)
         if not rows.shape[0]:
             return
         step = _Step.of(rows, margin, labels, weight)
@@ -100,20 +113,25 @@ class Histories:
         after = before + step.visits
         number = (before + step.rank).clamp_min(1)  # which visit of its row each one is
         share = (1 / number).clamp_min(self.rate) * self._kept(number, after)
-        values = torch.where(step.counts, step.values * share, 0)
-        total = step.total_of((values * _UNIT).round().long()).float() / _UNIT
-        old = self.margin.index_select(0, step.rows)
-        new = torch.where(step.visits > 0, old * self._kept(before, after) + total, old)
+        left = self._kept(before, after)
+        means = [(self.margin, step.values)]
+        if self.nearness is not None and nearness is not None:
+            means.append((self.nearness, nearness.clamp(-MARGIN_LIMIT, MARGIN_LIMIT)[step.order]))
+        for mean, values in means:
+            values = torch.where(step.counts, values * share, 0)
+            total = step.total_of((values * _UNIT).round().long()).float() / _UNIT
+            old = mean.index_select(0, step.rows)
+            # Every occurrence of a row writes the same values.
+            mean.index_copy_(0, step.rows, torch.where(step.visits > 0, old * left + total, old))
         last = step.total_of(torch.where(step.counts & (step.rank == step.visits), step.labels, 0))
         label = torch.where(step.visits > 0, last.to(torch.int32), self.label.index_select(0, step.rows))
-        # Every occurrence of a row writes the same values.
-        self.margin.index_copy_(0, step.rows, new)
         self.visits.index_copy_(0, step.rows, after.to(self.visits.dtype))
         self.label.index_copy_(0, step.rows, label)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors, by name."""
-        return {"margin": self.margin, "visits": self.visits, "label": self.label}
+        found = {"margin": self.margin, "visits": self.visits, "label": self.label}
+        return found if self.nearness is None else {**found, "nearness": self.nearness}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy the tensors in.
@@ -161,13 +179,14 @@ class Histories:
 class _Step:
     """The samples of a step, sorted by row, and within a row by value and label: in an order that is their own."""
 
+    order: Tensor  # [N] which sample of the batch each one is
     rows: Tensor  # [N]
     values: Tensor  # [N] float32, 0 where a sample does not count
     labels: Tensor  # [N] int64
     counts: Tensor  # [N] bool
     rank: Tensor  # [N] 1, 2, ...: which of its row's visits in this step a counted sample is
     visits: Tensor  # [N] how many its row has in this step
-    place: Tensor  # [N] which of the step's different rows it is of
+    place: Tensor | None  # [N] which of the step's different rows it is of; None where all are different
 
     @classmethod
     def of(cls, rows: Tensor, values: Tensor, labels: Tensor, weight: Tensor | None) -> _Step:
@@ -175,6 +194,9 @@ class _Step:
         counts = counts if weight is None else counts & (weight > 0)
         rows, labels = rows.long(), labels.long()
         values = torch.where(counts, values.detach().float(), 0)
+        if rows.device.type == "cpu" and rows.unique().shape == rows.shape:  # no row twice: nothing to put in order
+            own = torch.arange(len(rows))
+            return cls(own, rows, values, labels, counts, counts.long(), counts.long(), None)
         order = labels.argsort(stable=True)
         for key in (values, rows):
             order = order[key[order].argsort(stable=True)]
@@ -183,10 +205,12 @@ class _Step:
         first[1:] = rows[1:] != rows[:-1]
         number = counts.long().cumsum(0)
         rank = number - torch.where(first, number - counts.long(), 0).cummax(0).values
-        step = cls(rows, values, labels, counts, rank, rank, first.long().cumsum(0) - 1)
+        step = cls(order, rows, values, labels, counts, rank, rank, first.long().cumsum(0) - 1)
         step.visits = step.total_of(counts.long())
         return step
 
     def total_of(self, whole: Tensor) -> Tensor:
         """The sum over its row of whole numbers ``[N]``, for each sample: ``[N]``."""
+        if self.place is None:
+            return whole
         return torch.zeros_like(whole).index_add_(0, self.place, whole).index_select(0, self.place)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .histories import Histories, adjusted_margin
+from .prototypes import FOLDS, MOST_BYTES, Prototypes
 from .trusted import GATES
 
 #: Epochs after which the gate begins, or a third of a shorter run.
@@ -20,7 +21,7 @@ FITTED = 0.85
 
 
 class TrustedReference:
-    """Follows each training row's margin, and once an epoch decides which rows are let go; 16 bytes a row.
+    """Follows each training row's margin, and once an epoch decides which rows are let go; 21 bytes a row.
 
     Args:
         rows: ``[T]`` numbers of the trusted rows, sorted.
@@ -49,10 +50,21 @@ class TrustedReference:
         epochs: float | None,
         device: torch.device,
         labels: Tensor | None = None,
+        num_classes: int = 0,
+        num_features: int = 0,
     ) -> None:
         self.rows, self.steps_per_epoch = rows.to(device), steps_per_epoch
         self.labels = None if labels is None else labels.to(device)
-        self.histories = Histories(num_rows, device=device)
+        means = 4 * FOLDS * num_classes * num_features
+        self.prototypes: Prototypes | None = None
+        if gate != "none" and 0 < means <= MOST_BYTES:
+            self.prototypes = Prototypes(
+                *(rows, num_rows, num_classes, num_features),
+                steps_per_epoch=steps_per_epoch,
+                device=device,
+                labels=labels,
+            )
+        self.histories = Histories(num_rows, device=device, nearness=self.prototypes is not None)
         start = GATE_START if epochs is None else max(1, min(GATE_START, int(epochs // 3)))
         self.start = start * steps_per_epoch
         self.gate = None if gate == "none" else GATES[gate](level, min_visits=min(2, start), groups="auto")
@@ -79,9 +91,16 @@ class TrustedReference:
                 " for it, with which meta batches come: have the data set give the labels that the loss sees."
             )
 
-    def observe(self, logits: Tensor, log_prior: Tensor | None, labels: Tensor, ids: Tensor) -> dict[str, Tensor]:
-        """Columns of a step: what the histories learn of a micro-batch with logits ``[N, C]``, labels and row numbers ``[N]``."""
-        return {"row": ids.long(), "row_margin": adjusted_margin(logits, log_prior, labels)}
+    def observe(
+        self, features: Tensor, logits: Tensor, log_prior: Tensor | None, labels: Tensor, ids: Tensor
+    ) -> dict[str, Tensor]:
+        """Columns of a step: what the histories learn of a micro-batch with features ``[N, H]``, logits ``[N, C]``, labels and row
+        numbers ``[N]``."""
+        ids = ids.long()
+        found = {"row": ids, "row_margin": adjusted_margin(logits, log_prior, labels)}
+        if self.prototypes is not None:
+            found |= {"row_nearness": self.prototypes.nearness(features, labels, ids), "features": features.detach()}
+        return found
 
     def weights(self, ids: Tensor) -> Tensor:
         """Weight ``[N]`` of each sample in the loss."""
@@ -93,7 +112,10 @@ class TrustedReference:
         if "row" not in samples:
             return
         rows, margin = samples["row"], samples["row_margin"]
-        self.histories.update(rows, margin, samples["labels"])
+        labels = samples["labels"]
+        self.histories.update(rows, margin, labels, nearness=samples.get("row_nearness"))
+        if self.prototypes is not None:
+            self.prototypes.update(samples["features"], labels, rows)
         kept = self.weight[rows]
         self._fit += torch.stack([kept.sum(), (kept * (margin > 0)).sum()])
         following = step.number + 1
@@ -102,7 +124,13 @@ class TrustedReference:
             self.accuracy = right / max(kept, 1.0)
             self._fit.zero_()
             if self.gate is not None and not self.gate.weighs and following >= self.start:
-                self.weight.copy_(self.gate.refresh(self.histories, self.rows))
+                self.weight.copy_(self.gate.refresh(self.histories, self.rows, self._known()))
+
+    def _known(self) -> Tensor | None:
+        if self.prototypes is None:
+            return None
+        labels = self.histories.label.long()
+        return self.prototypes.known(torch.arange(len(labels), device=labels.device), labels)
 
     def begun(self, step: int) -> bool:
         """Whether the gate has been refreshed by that step."""
@@ -135,6 +163,8 @@ class TrustedReference:
         """Histories, weights, and how well the model fits."""
         found = {f"histories.{k}": v for k, v in self.histories.state_dict().items()}
         weighs = self.gate is not None and self.gate.weighs
+        if self.prototypes is not None:
+            found |= {f"prototypes.{k}": v for k, v in self.prototypes.state_dict().items()}
         return {
             **found,
             "weight": self.weight,
@@ -149,6 +179,10 @@ class TrustedReference:
         self.histories.load_state_dict(
             {k.removeprefix("histories."): v for k, v in state.items() if k.startswith("histories.")}
         )
+        if self.prototypes is not None:
+            self.prototypes.load_state_dict(
+                {k.removeprefix("prototypes."): v for k, v in state.items() if k.startswith("prototypes.")}
+            )
         self.weight.copy_(state["weight"])
         self._fit.copy_(state["fit"])
         self.accuracy = float(state["accuracy"])

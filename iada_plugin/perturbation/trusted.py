@@ -69,24 +69,35 @@ class Gate:
         return LEAST_TRUSTED
 
     @torch.no_grad()
-    def refresh(self, histories: Histories, trusted: Tensor) -> Tensor:
+    def refresh(self, histories: Histories, trusted: Tensor, known: Tensor | None = None) -> Tensor:
         """Weight of each row: ``[R]``, 1 to keep it and 0 to let it go; 1 for all where too few trusted rows were seen.
+
+        Rows are judged by their margins or, where it is followed, by their nearness: by that of which trusted rows stand out more from
+        the rest.
 
         Args:
             histories: of R rows.
             trusted: ``[T]`` numbers of the trusted rows, on the histories' device; none twice.
+            known: ``[R]`` rows whose nearness says something; ``None``: all.
         """
         seen = histories.visits >= self.min_visits
-        score = torch.where(seen, histories.margin, torch.nan)
         enough = seen[trusted].sum() >= self.least_trusted
-        return torch.where(seen & enough, self.weight(score, trusted, histories.label), 1)
+        judged, p = seen, self.p_values(histories.margin, seen, trusted, histories.label)
+        if histories.nearness is not None:
+            near = seen if known is None else seen & known
+            by_nearness = self.p_values(histories.nearness, near, trusted, histories.label)
+            others = near.index_fill(0, trusted, False)
+            sharper = torch.where(others, by_nearness, 0).sum() < torch.where(others, p, 0).sum()
+            judged, p = torch.where(sharper, near, judged), torch.where(sharper, by_nearness, p)
+        return torch.where(judged & enough, self.weight(p, judged, trusted, histories), 1)
 
-    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
-        """Weight ``[R]`` of rows with these scores ``[R]`` (NaN: not seen) and labels ``[R]``; given enough trusted rows."""
+    def weight(self, p: Tensor, judged: Tensor, trusted: Tensor, histories: Histories) -> Tensor:
+        """Weight ``[R]`` of rows with these p-values ``[R]``, of which some are ``judged`` ``[R]``; given enough trusted rows."""
         raise NotImplementedError
 
-    def p_values(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
-        """P-values ``[R]`` of the labels, with the gate's settings."""
+    def p_values(self, score: Tensor, judged: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+        """P-values ``[R]`` of the labels by this score ``[R]`` of the ``judged`` rows, with the gate's settings."""
+        score = torch.where(judged, score, torch.nan)
         return conformal_p_values(score, trusted, labels=labels, groups=self.groups)
 
 
@@ -98,9 +109,9 @@ class HardGate(Gate):
         """``1 / level``: with fewer no p-value is as small."""
         return math.ceil(1 / self.level - 1e-9)
 
-    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+    def weight(self, p: Tensor, judged: Tensor, trusted: Tensor, histories: Histories) -> Tensor:
         """0 or 1."""
-        return (self.p_values(score, trusted, labels) > self.level).to(score.dtype)
+        return (p > self.level).to(histories.margin.dtype)
 
 
 class LocalFdrGate(Gate):
@@ -116,31 +127,30 @@ class LocalFdrGate(Gate):
     #: Share of rows below it from which on there is evidence of wrong labels.
     evidence = 0.01
 
-    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+    def weight(self, p: Tensor, judged: Tensor, trusted: Tensor, histories: Histories) -> Tensor:
         """0 or 1."""
-        p = self.p_values(score, trusted, labels)
-        seen = torch.isfinite(score)
-        others = seen.index_fill(0, trusted, False)
-        n = effective_number(labels, trusted, seen)
+        others = judged.index_fill(0, trusted, False)
+        n = effective_number(histories.label, trusted, judged)
         # Half a row in the place of the whole one that a p-value adds: about the exact (Clopper-Pearson) bound.
         bound = wilson_bound(((p * (n + 1) - 0.5) / n).clamp(0, 1), n)
         wrong = right_label_probability(bound, counted=others) < self.probability
         found = (wrong & others).sum() > self.evidence * others.sum()
-        return 1 - (wrong | (found & (p < self.level))).to(score.dtype)
+        return 1 - (wrong | (found & (p < self.level))).to(p.dtype)
 
 
 class AutoGate(LocalFdrGate):
-    """Lets rows go as :class:`LocalFdrGate` does. Where that finds no wrong labels, and the trusted rows look worse than the rest of
-    their classes, it is another distribution that they are of: rows are then weighed by the ratio of the two (:mod:`.shift`). Once, for
+    """Lets rows go as :class:`LocalFdrGate` does. Where that finds no wrong labels, and the trusted rows have smaller margins than the rest
+    of their classes, it is another distribution that they are of: rows are then weighed by the ratio of the two (:mod:`.shift`). Once, for
     the rest of the run: later, rare rows have been learned, and look better.
     """
 
-    def weight(self, score: Tensor, trusted: Tensor, labels: Tensor) -> Tensor:
+    def weight(self, p: Tensor, judged: Tensor, trusted: Tensor, histories: Histories) -> Tensor:
         """0 or 1, or a density ratio with the mean 1."""
-        weight = super().weight(score, trusted, labels)
+        weight = super().weight(p, judged, trusted, histories)
         if (weight == 0).float().mean() > self.evidence:
             return weight
-        share, z = trusted_look_worse(score, trusted, labels)
+        margin = torch.where(histories.visits >= self.min_visits, histories.margin, torch.nan)
+        share, z = trusted_look_worse(margin, trusted, histories.label)
         if share <= LEAST_SHARE or z <= LEAST_Z:
             return weight
         self.weighs = True
@@ -149,7 +159,7 @@ class AutoGate(LocalFdrGate):
             " weighed by how much more often their like is found among the trusted ones. Right where these are balanced over groups;"
             " if they were picked because they look suspicious, draw them at random instead, or set gate='local_fdr'."
         )
-        return density_ratio(score, trusted, labels)
+        return density_ratio(margin, trusted, histories.label)
 
 
 #: The forms, by name.

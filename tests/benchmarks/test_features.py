@@ -1,6 +1,7 @@
 """Scenarios on frozen features: noise, trusted rows and splits; the features themselves are made up here."""
 
 import csv
+import functools
 
 import pyarrow
 import pyarrow.parquet
@@ -18,12 +19,12 @@ def cifar(monkeypatch):
     y = torch.arange(4000) % 10
     x = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)) + 3 * torch.nn.functional.one_hot(y, 16)
     monkeypatch.setattr(features, "cifar", lambda data: (x, y, x[:500], y[:500]))
-    monkeypatch.setattr(features, "VALIDATION", 50)
+    return functools.partial(features.cifar_features, "", val_per_class=50)
 
 
 @pytest.mark.parametrize("noise, share, targets", [("flip", 0.4, 1), ("flip2", 0.4, 2), ("uniform", 0.36, 9)])
 def test_noise_is_a_permutation_and_spares_the_trusted_rows(cifar, noise, share, targets):
-    found = features.cifar_features("", noise=noise, n_max=200, trusted_per_class=10)
+    found = cifar(noise=noise, n_max=200, trusted_per_class=10)
     train, trusted = found.train, found.trusted
     assert len(train) == 2000 + 100 and torch.equal(train.y[trusted], train.clean[trusted])
     assert torch.bincount(train.y[trusted]).tolist() == [10] * 10
@@ -33,7 +34,7 @@ def test_noise_is_a_permutation_and_spares_the_trusted_rows(cifar, noise, share,
     assert all(len(k) == targets for k in kinds)
     if noise != "uniform":  # each class is as often the target as any other: sizes tell nothing
         assert sorted(t for k in kinds for t in k) == sorted(list(range(10)) * targets)
-    again, other = (features.cifar_features("", noise=noise, n_max=200, trusted_per_class=10, seed=s) for s in (0, 1))
+    again, other = (cifar(noise=noise, n_max=200, trusted_per_class=10, seed=s) for s in (0, 1))
     assert torch.equal(again.train.y, train.y) and not torch.equal(other.train.y, train.y)
 
 
