@@ -132,6 +132,7 @@ _TRUSTED = ["ce", "la", "last_layer", "la_last_layer", "gce", "gce_prior", "glc"
 _TRUSTED_IADA = ["iada_paper", "iada_early", "iada_gate", "iada"]
 _TRUSTED_NOISE = [*_TRUSTED, *_TRUSTED_IADA, "oracle"]
 #: At minutes a run.
+_FEW_IMAGES = {"n_max": 300, "trusted_per_class": 30, "val_per_class": 200}
 _FINE_TUNED = ["ce", "last_layer", "gce", "glc", "aum20", "iada", "oracle"]
 _TRUSTED_TAIL = [*_TRUSTED, "isda_prior", "metasaug", *_TRUSTED_IADA]
 _IMAGES = "CIFAR-10 under EfficientNet-Lite0"
@@ -175,6 +176,10 @@ PRETRAINED: dict[str, Task] = {
                    lambda data, seed: make.comments_finetuned(data, seed=seed), _FINE_TUNED[:-1]),
     "minilm_flip": Task("HateXplain, MiniLM fine-tuned, 1,500 comments, 30 % turned over", _COMMENTS,
                         lambda data, seed: make.comments_finetuned(data, flipped=0.3, seed=seed), _FINE_TUNED),
+    "efficientnet": Task("CIFAR-10, EfficientNet-Lite0 fine-tuned, 3,000 images", "cifar10",
+                         lambda data, seed: make.cifar_finetuned(data, **_FEW_IMAGES, seed=seed), _FINE_TUNED[:-1]),
+    "efficientnet_flip": Task("CIFAR-10, EfficientNet-Lite0 fine-tuned, 3,000 images, 40 % wrong: the next class", "cifar10",
+                              lambda data, seed: make.cifar_finetuned(data, noise="flip", **_FEW_IMAGES, seed=seed), _FINE_TUNED),
     "resnet_flip2": Task("CIFAR-10 at 16 x 16, ResNet-8, 40 % wrong: two other classes", "cifar10",
                          lambda data, seed: make.train_along(CPU["cifar10_flip2_40"].build(data, seed)), _TRUSTED_NOISE,
                          CPU["cifar10_flip2_40"].settings),
