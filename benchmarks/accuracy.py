@@ -131,8 +131,8 @@ GPU: dict[str, Task] = {
 _TRUSTED = ["ce", "la", "last_layer", "la_last_layer", "gce", "gce_prior", "glc", "aum10", "aum20", "mwn", "mwn_prior"]
 _TRUSTED_IADA = ["iada_paper", "iada_early", "iada_gate", "iada"]
 _TRUSTED_NOISE = [*_TRUSTED, *_TRUSTED_IADA, "oracle"]
-#: At minutes a run.
 _FEW_IMAGES = {"n_max": 300, "trusted_per_class": 30, "val_per_class": 200}
+#: At minutes a run.
 _FINE_TUNED = ["ce", "last_layer", "gce", "glc", "aum20", "iada", "oracle"]
 _TRUSTED_TAIL = [*_TRUSTED, "isda_prior", "metasaug", *_TRUSTED_IADA]
 _IMAGES = "CIFAR-10 under EfficientNet-Lite0"
