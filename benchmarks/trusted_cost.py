@@ -93,29 +93,38 @@ class _Step:
     number = 0
 
 
-def history_cost(rows: int, device: str, batch_size: int = 256, num_classes: int = 1000) -> dict[str, Any]:
+def history_cost(
+    rows: int, device: str, batch_size: int = 256, num_classes: int = 1000, num_features: int = 512
+) -> dict[str, Any]:
     """Bytes a row, microseconds a step and seconds a refresh for a training set of that size."""
     reference = TrustedReference(
-        torch.arange(TRUSTED), rows, gate="auto", level=0.2, steps_per_epoch=2**40, epochs=None, device=torch.device(device)
+        torch.arange(TRUSTED), rows, gate="auto", level=0.2, steps_per_epoch=2**40, epochs=None, device=torch.device(device),
+        num_classes=num_classes, num_features=num_features,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
-    logits, prior = draw(batch_size, num_classes), draw(num_classes)
+    features, logits, prior = draw(batch_size, num_features), draw(batch_size, num_classes), draw(num_classes)
     labels = torch.randint(num_classes, (batch_size,), generator=generator).to(device)
 
     def step() -> None:
         ids = torch.randint(rows, (batch_size,), generator=generator).to(device)
         reference.weights(ids)
-        reference.commit(_Step(), {**reference.observe(logits, prior, labels, ids), "labels": labels})
+        reference.commit(_Step(), {**reference.observe(features, logits, prior, labels, ids), "labels": labels})
 
     times = [seconds(step, device) for _ in range(60)][10:]
     histories = reference.histories
     histories.visits.fill_(5)
     histories.label.copy_(torch.randint(10, (rows,), generator=generator))
     histories.margin.copy_(torch.randn(rows, generator=generator))
-    assert reference.gate is not None
-    refreshes = [seconds(lambda: reference.gate.refresh(histories, reference.rows), device) for _ in range(3)]  # type: ignore[union-attr]
-    size = sum(t.nbytes for name, t in reference.state_dict().items() if len(t.shape) and t.shape[0] == rows)
+    histories.nearness.copy_(torch.randn(rows, generator=generator))  # type: ignore[union-attr]
+    reference.prototypes.weight.fill_(1)  # type: ignore[union-attr]
+
+    def refresh() -> None:
+        reference.gate.refresh(histories, reference.rows, reference.prototypes.known(histories.label))  # type: ignore[union-attr]
+
+    refreshes = [seconds(refresh, device) for _ in range(3)]
+    own = [t for t in reference.state_dict().values() if len(t.shape) and t.shape[0] == rows]
+    size = sum(t.nbytes for t in [*own, reference.prototypes._fold])  # type: ignore[union-attr]
     return {
         "rows": rows, "bytes_a_row": size / rows, "microseconds_a_step": round(1e6 * statistics.median(times)),
         "seconds_a_refresh": round(min(refreshes), 3),

@@ -69,9 +69,9 @@ class Prototypes:
         weight = self.weight.sum(dim=0) - self.weight
         return self.total.sum(dim=0) - self.total, torch.where(weight > LEAST_WEIGHT, weight, 0)
 
-    def known(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """Whether there is a mean to judge rows ``[N]`` with these labels by: ``[N]``."""
-        return self._others()[1][self.fold(ids), labels.clamp_min(0)] > 0
+    def known(self, labels: Tensor) -> Tensor:
+        """Whether there is a mean to judge each row of the training set, with these labels ``[R]``, by: ``[R]``."""
+        return (self._others()[1] > 0)[self._fold.long() % FOLDS, labels.long().clamp_min(0)]
 
     @torch.no_grad()
     def nearness(self, features: Tensor, labels: Tensor, ids: Tensor) -> Tensor:

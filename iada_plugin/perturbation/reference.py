@@ -124,13 +124,8 @@ class TrustedReference:
             self.accuracy = right / max(kept, 1.0)
             self._fit.zero_()
             if self.gate is not None and not self.gate.weighs and following >= self.start:
-                self.weight.copy_(self.gate.refresh(self.histories, self.rows, self._known()))
-
-    def _known(self) -> Tensor | None:
-        if self.prototypes is None:
-            return None
-        labels = self.histories.label.long()
-        return self.prototypes.known(torch.arange(len(labels), device=labels.device), labels)
+                known = None if self.prototypes is None else self.prototypes.known(self.histories.label)
+                self.weight.copy_(self.gate.refresh(self.histories, self.rows, known))
 
     def begun(self, step: int) -> bool:
         """Whether the gate has been refreshed by that step."""

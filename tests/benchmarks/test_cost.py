@@ -227,5 +227,5 @@ def test_trusted_cost(monkeypatch, tmp_path, capsys):
     trusted_cost.main()
     model, *histories = json.loads(path.read_text())["rows"]
     assert model["time_ratio"] > 0 and [r["rows"] for r in histories] == [1000, 20_000]
-    assert all(r["bytes_a_row"] == 16 and r["microseconds_a_step"] > 0 for r in histories)
-    assert "16" in capsys.readouterr().out
+    assert all(r["bytes_a_row"] == 21 and r["microseconds_a_step"] > 0 for r in histories)
+    assert "21" in capsys.readouterr().out

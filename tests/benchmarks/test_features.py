@@ -39,9 +39,7 @@ def test_noise_is_a_permutation_and_spares_the_trusted_rows(cifar, noise, share,
 
 
 def test_long_tail_and_mistakes_among_the_trusted(cifar):
-    found = features.cifar_features(
-        "", imbalance_ratio=10, n_max=200, trusted_per_class=10, trusted_classes=4, trusted_wrong=0.25
-    )
+    found = cifar(imbalance_ratio=10, n_max=200, trusted_per_class=10, trusted_classes=4, trusted_wrong=0.25)
     trusted = found.trusted
     assert torch.bincount(found.train.clean).tolist()[9] == 20 and len(trusted) == 40
     assert int((found.train.y[trusted] != found.train.clean[trusted]).sum()) == 10

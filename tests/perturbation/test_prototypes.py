@@ -110,7 +110,7 @@ def test_wrong_labels_that_a_network_has_learned_show():
     histories = histories_of(torch.randn(len(x), generator=torch.Generator().manual_seed(1)), y)
     blind = LocalFdrGate(0.1).refresh(histories, trusted)
     histories.nearness = found.nearness(x, y, rows)
-    weight = LocalFdrGate(0.1).refresh(histories, trusted, found.known(rows, y))
+    weight = LocalFdrGate(0.1).refresh(histories, trusted, found.known(y))
     assert auroc(-histories.nearness.numpy(), wrong.numpy()) > 0.9
     assert float(blind.mean()) > 0.95
     assert float(weight[wrong].mean()) < 0.3 and float(weight[~wrong].mean()) > 0.8
@@ -124,7 +124,7 @@ def test_a_class_without_trusted_rows_is_not_judged():
     rows, trusted = torch.arange(len(x)), torch.arange(200)[y[:200] != 2]
     found = Prototypes(trusted, len(x), 4, x.shape[1], steps_per_epoch=30, device="cpu", labels=y[trusted])
     found.update(x, y, rows)
-    assert torch.equal(found.known(rows, y), y != 2)
+    assert torch.equal(found.known(y), y != 2)
     near = found.nearness(x, y, rows)
     assert (near[y == 2] == 0).all() and torch.isfinite(near).all() and (near[y != 2] != 0).all()
 
