@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .attachment import Attachment
 from .config import IADAConfig
-from .functional.labels import check_labels, hard_labels, is_soft, smoothing_of
+from .functional.labels import check_labels, hard_labels, is_soft
 from .head import find_classifier
 from .head.layer import in_label_order
 from .meta.learner import MetaLearner, mean_loss
@@ -42,6 +42,7 @@ from .runtime.labels import require_all_classes
 from .runtime.processes import global_mean, on_any_process
 from .runtime.row_ids import check_rows
 from .runtime.sharding import is_fsdp, tie
+from .soft_targets import check_soft_targets
 from .statistics import Statistics
 from .step import Columns, Step
 from .trusted import with_reference
@@ -284,18 +285,8 @@ class MetaIADA(Guest):
     @property
     def phase(self) -> str:
         """What the next optimizer step trains with, and what it waits for, in words."""
-        rows = "" if self.reference is None else self.reference.phase(self.step)
-        if not self._learns:
-            own = "no perturbations in this run"
-        elif not self.in_warmup:
-            own = f"perturbations, since step {self.warmup.steps}"
-        elif self.step >= self.warmup.statistics_start:
-            own = f"class statistics are collected, perturbations from step {self.warmup.steps} on"
-        elif self.warmup.open:
-            own = "no perturbations before the learning rate has fallen to a quarter and the kept rows are fitted"
-        else:
-            own = f"warm-up, perturbations from step {self.warmup.steps} on"
-        return f"{rows}; {own}" if rows else own
+        own = self.warmup.phase(self.step, self._learns)
+        return own if self.reference is None else f"{self.reference.phase(self.step)}; {own}"
 
     # A compiled training step leaves off here: what the hooks have recorded must be looked at as it is.
     @torch.compiler.disable
@@ -517,29 +508,11 @@ class MetaIADA(Guest):
         return output + self.config.beta * self.statistics.log_prior().to(output.dtype)
 
     def _soft_target_loss(self, output: Tensor, target: Tensor) -> Tensor:
-        smoothing, expected = smoothing_of(target), self.config.label_smoothing
-        if smoothing is not None and abs(smoothing - expected) > 1e-2:
-            raise ValueError(
-                f"targets are smoothed by {smoothing:g}, and label_smoothing is {expected:g}: pass"
-                f" IADAConfig(label_smoothing={smoothing:g}), so that unmixed samples are trained alike."
-            )
-        if self.reference is not None:
-            raise ValueError(
-                f"soft targets {list(target.shape)} with trusted rows: a mixed sample has no label of its own that could be right or"
-                " wrong. Switch mixup and cutmix off (timm: --mixup 0 --cutmix 0)."
-            )
-        if self.config.class_weights is not None:
-            raise ValueError(
-                f"soft targets {list(target.shape)} with class_weights: a mixed sample is of no one class. Switch mixup and cutmix off, or"
-                " leave class_weights out (the class prior makes up for rare classes)."
-            )
-        if self.step < self.warmup.statistics_start:
-            return F.cross_entropy(self._with_prior(output.float()), target.float())
-        raise ValueError(
-            f"soft targets {list(target.shape)} at step {self.step}: from step {self.warmup.statistics_start} on, where class"
-            " statistics are collected before the warm-up ends, IADA needs class indices: a mixed sample has the features of no class,"
-            " and no perturbation within one. Switch mixup and cutmix off by then (timm: --mixup-off-epoch, or --mixup 0 --cutmix 0)."
+        start = self.warmup.statistics_start
+        check_soft_targets(
+            target, self.config, trusted=self.reference is not None, step=self.step, statistics_start=start
         )
+        return F.cross_entropy(self._with_prior(output.float()), target.float())
 
     # ------------------------------------------------------------------------------------------------ the end of a step
 

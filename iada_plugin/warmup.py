@@ -74,6 +74,18 @@ class WarmUp:
         """Whether the end is not known yet."""
         return self.steps == OPEN
 
+    def phase(self, step: int, learns: bool) -> str:
+        """What ``step`` trains with and waits for, in words, where perturbations are learned or not."""
+        if not learns:
+            return "no perturbations in this run"
+        if step >= self.steps:
+            return f"perturbations, since step {self.steps}"
+        if step >= self.statistics_start:
+            return f"class statistics are collected, perturbations from step {self.steps} on"
+        if self.open:
+            return "no perturbations before the learning rate has fallen to a quarter and the kept rows are fitted"
+        return f"warm-up, perturbations from step {self.steps} on"
+
     def end_after(self, step: int) -> None:
         """Collect statistics for one epoch from ``step`` on; then the warm-up is over."""
         self.statistics_start, self.steps = step, step + self.steps_per_epoch

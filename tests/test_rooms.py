@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "iada_plugin"
 FLOORS = {
     "functional": 1, "metrics": 1, "runtime": 1,
     "config": 2, "data": 2, "head": 2, "perturbation": 2,
-    "attachment": 3, "statistics": 3, "trusted": 3, "warmup": 3, "wrong_labels": 3,
+    "attachment": 3, "soft_targets": 3, "statistics": 3, "trusted": 3, "warmup": 3, "wrong_labels": 3,
     "meta": 4, "report": 4,
     "step": 5,
     "criterion": 6,
