@@ -186,8 +186,9 @@ class TrustedClassifier(ClassifierMixin, BaseEstimator):
             return
         _, other = margin_and_other(self._logits(x), None, reference.histories.label.cpu().long())
         self.wrong_labels_: WrongLabels | None = judge_histories(
-            reference.histories, other, reference.rows, false_alarms=_LEVEL, class_names=[str(c) for c in self.classes_]
-        )
+            reference.histories, other, reference.rows, margins=reference.evidence()[None], false_alarms=_LEVEL,
+            class_names=[str(c) for c in self.classes_],
+        )  # fmt: skip
 
     @torch.no_grad()
     def _logits(self, x: Tensor) -> Tensor:

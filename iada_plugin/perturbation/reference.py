@@ -127,6 +127,17 @@ class TrustedReference:
                 known = None if self.prototypes is None else self.prototypes.known(self.histories.label)
                 self.weight.copy_(self.gate.refresh(self.histories, self.rows, known))
 
+    def evidence(self) -> Tensor:
+        """What a list of wrong labels goes by: mean margins ``[R]``; where each row has a nearness, too, the mean of both, that scaled to
+        the deviation of the margins. No look is taken at which rows are trusted."""
+        histories = self.histories
+        known = None if self.prototypes is None else self.prototypes.known(histories.label)
+        if known is None or histories.nearness is None or not bool(known[histories.label >= 0].all()):
+            return histories.margin
+        seen = histories.visits > 0
+        scale = histories.margin[seen].std() / histories.nearness[seen].std().clamp_min(1e-12)
+        return (histories.margin + scale * histories.nearness) / 2
+
     def begun(self, step: int) -> bool:
         """Whether the gate has been refreshed by that step."""
         return step >= self.start

@@ -186,7 +186,8 @@ class Report:
             )
         table, other = recorder.samples(), reference.histories.label.clone()
         other[torch.from_numpy(table["id"])] = torch.from_numpy(table["predicted"]).to(other)
-        return judge_histories(reference.histories, other, reference.rows, **options)
+        margins = reference.evidence()[None]
+        return judge_histories(reference.histories, other, reference.rows, margins=margins, **options)
 
     @property
     def empty(self) -> bool:
