@@ -112,7 +112,7 @@ def class_share_weights(labels: Tensor, trusted: Tensor) -> Tensor:
     return torch.where(known, ratio[labels], 1)
 
 
-def effective_number(labels: Tensor, trusted: Tensor, seen: Tensor) -> Tensor:
+def effective_number(labels: Tensor, trusted: Tensor, seen: Tensor, least: int = 0) -> Tensor:
     """Trusted rows that a mean of per-class distributions, weighted by the training set's class shares, is as good as: ``[]``.
 
     ``1 / sum_c share_c^2 / n_c`` over the classes that have trusted rows; a thousand rows of one class say little of the others.
@@ -121,8 +121,12 @@ def effective_number(labels: Tensor, trusted: Tensor, seen: Tensor) -> Tensor:
         labels: ``[R]`` class indices, -1 where unknown.
         trusted: ``[T]`` numbers of the trusted rows.
         seen: ``[R]`` bool, which rows count.
+        least: classes with fewer trusted rows are taken for one.
     """
-    size, counted = int(labels.max()) + 1, seen & (labels >= 0)
+    counted = seen & (labels >= 0)
+    if least:
+        labels, _ = _groups(labels.long().clamp_min(0), trusted, counted, least)
+    size = int(labels.max()) + 1
     count = torch.zeros(2, max(size, 1), device=labels.device)
     labels = labels.long().clamp_min(0)
     count[0].index_add_(0, labels, counted.float())

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from iada_plugin.metrics import auroc
+from iada_plugin.perturbation.conformal import conformal_p_values, effective_number
 from iada_plugin.perturbation.prototypes import FOLDS, LEAST_WEIGHT, Prototypes
 from iada_plugin.perturbation.reference import TrustedReference
-from iada_plugin.perturbation.trusted import HardGate, LocalFdrGate
+from iada_plugin.perturbation.trusted import LocalFdrGate
 
 from .test_trusted import histories_of
 
@@ -86,7 +87,7 @@ def test_p_values_of_right_labels_are_uniform():
         found.update(x, y, rows)
         near = found.nearness(x, y, rows)
         others = torch.ones(n, dtype=torch.bool).index_fill(0, trusted, False)
-        p.append(HardGate(0.1, groups="auto").p_values(near, near == near, trusted, y)[others])
+        p.append(conformal_p_values(near, trusted, labels=y, groups="auto")[others])
     for level in (0.1, 0.2, 0.5):
         assert float((torch.cat(p) <= level).float().mean()) == pytest.approx(level, abs=0.025)
 
@@ -117,6 +118,17 @@ def test_wrong_labels_that_a_network_has_learned_show():
     # And by margins where these are sharper.
     histories.margin, histories.nearness = histories.nearness, histories.margin
     assert torch.equal(LocalFdrGate(0.1).refresh(histories, trusted), weight)
+
+
+def test_classes_that_look_alike_count_as_one():
+    """Ten trusted rows a class, of which one has most of the data: by classes they say as much as some twenty, as one a hundred."""
+    labels = torch.cat([torch.zeros(900), torch.arange(100) % 10]).long()
+    trusted, seen = torch.arange(900, 1000), torch.ones(1000, dtype=torch.bool)
+    assert float(effective_number(labels, trusted, seen)) < 13
+    assert float(effective_number(labels, trusted, seen, 20)) == pytest.approx(100)
+    labels[trusted] = 0  # a class with enough of its own stays by itself
+    labels[:20] = 1
+    assert float(effective_number(labels, trusted, seen, 20)) == pytest.approx(100)
 
 
 def test_a_class_without_trusted_rows_is_not_judged():
