@@ -110,7 +110,9 @@ class Gate:
             near = seen if known is None else seen & known
             by_nearness = self.p_values(histories.nearness, near, trusted, labels, NEARNESS)
             others = near.index_fill(0, trusted, False)
-            if bool(by_nearness[others].sum() < p[others].sum()):
+            # As whole numbers: the same on every process.
+            near_total, total = ((2**24 * q[others]).long().sum() for q in (by_nearness, p))
+            if bool(near_total < total):
                 judged, kind, p = near, NEARNESS, by_nearness
         return torch.where(judged & enough, self.weight(p, judged, trusted, histories, kind), 1)
 
