@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from .histories import Histories, adjusted_margin
 from .prototypes import FOLDS, MOST_BYTES, Prototypes
 from .trusted import GATES
+
+logger = logging.getLogger(__name__)
 
 #: Epochs after which the gate begins, or a third of a shorter run.
 GATE_START = 3
@@ -32,8 +35,10 @@ class TrustedReference:
         epochs: length of the run, or ``None``.
         device: where the state lives.
         labels: ``[T]`` of the trusted rows, where they are known.
+        num_classes, num_features: C and H of the classifier; with 0 rows are judged by margins alone.
 
     Attributes:
+        prototypes: class means of the trusted rows, or ``None``.
         weight: ``[R]`` weight of each row in the loss, 0 for one that is let go; the mean is 1 where rows are weighed.
         histories: what became of each row so far.
         accuracy: training accuracy of the kept rows in the last whole epoch, 0 before.
@@ -57,7 +62,12 @@ class TrustedReference:
         self.labels = None if labels is None else labels.to(device)
         means = 4 * FOLDS * num_classes * num_features
         self.prototypes: Prototypes | None = None
-        if gate != "none" and 0 < means <= MOST_BYTES:
+        if gate != "none" and means > MOST_BYTES:
+            logger.info(
+                "Meta-IADA: class means of trusted rows would take %d MB and are not kept: rows are judged by margins alone.",
+                means >> 20,
+            )
+        elif gate != "none" and means > 0:
             self.prototypes = Prototypes(
                 *(rows, num_rows, num_classes, num_features),
                 steps_per_epoch=steps_per_epoch,
